@@ -1,0 +1,79 @@
+"""What every operator means, in plain PyTorch that autograd differentiates by itself.
+
+Nothing here is fast. Each function has the name, the arguments and the result of an operator in
+``moptrace.kernels.routing`` or ``moptrace.kernels.grouped_mm``, whose docstrings give the shapes.
+The tests hold the operators to these functions in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "combine",
+    "dispatch",
+    "expert_rows",
+    "group_rows",
+    "group_sum",
+    "grouped_mm",
+    "grouped_outer",
+    "pair_rows",
+    "ungroup_rows",
+]
+
+
+def dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token once for each expert it chose, ordered by expert."""
+    order = experts.flatten().argsort(stable=True)
+    counts = torch.stack([(experts == e).sum() for e in range(num_experts)] or [order.new_empty(0)])
+    return x[order // max(experts.shape[1], 1)], counts.view(num_experts), order
+
+
+def pair_rows(values: Tensor, order: Tensor) -> Tensor:
+    """One value for each (token, choice) pair, in the order of the rows."""
+    return values.flatten(0, 1)[order]
+
+
+def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Each token's rows, brought back and summed with its weights."""
+    pairs = rows[order.argsort()].unflatten(0, weights.shape)
+    return (pairs * weights[(...,) + (None,) * (pairs.dim() - 2)]).sum(1)
+
+
+def group_rows(rows: Tensor, table: Tensor) -> Tensor:
+    """Rows ordered by (source, expert), reordered by (expert, source)."""
+    expert = torch.arange(table.shape[1]).repeat(table.shape[0]).repeat_interleave(table.flatten())
+    return rows[expert.argsort(stable=True)]
+
+
+def ungroup_rows(rows: Tensor, table: Tensor) -> Tensor:
+    """The inverse of ``group_rows``."""
+    expert = torch.arange(table.shape[1]).repeat(table.shape[0]).repeat_interleave(table.flatten())
+    return rows[expert.argsort(stable=True).argsort()]
+
+
+def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Each row times its expert's matrix."""
+    return (rows.unsqueeze(1) @ weight[_expert(counts)]).squeeze(1)
+
+
+def grouped_outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    """For each expert, the sum over its rows of the outer product of ``a`` and ``b``."""
+    return group_sum(a.unsqueeze(2) * b.unsqueeze(1), counts)
+
+
+def expert_rows(param: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+    """Each expert's parameter, once for each of its rows."""
+    return param[_expert(counts)]
+
+
+def group_sum(rows: Tensor, counts: Tensor) -> Tensor:
+    """For each expert, the sum of its rows."""
+    total = rows.new_zeros(counts.shape[0], *rows.shape[1:])
+    return total.index_add(0, _expert(counts), rows)
+
+
+def _expert(counts: Tensor) -> Tensor:
+    """The expert of each row."""
+    return torch.arange(counts.shape[0]).repeat_interleave(counts)
