@@ -1,0 +1,76 @@
+"""Tests see the installed package, run on one thread, repeat from a seed, and report counts."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Before torch is imported, and inherited by the ranks that tests start: the suite has as many
+# workers as there are cores, and gloo ranks beside them. Nothing is fetched from a model hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from _report import examples, record_examples
+
+torch.set_num_threads(1)
+
+# "python -m pytest" puts the root first, where bare "passes" and "kernels" would be found.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+# One example of the equivalence property is a model on several meshes and plans: seconds, not
+# milliseconds, so there is no deadline. "make test-all" chooses the profile "all".
+COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=150, **COMMON)
+settings.register_profile("all", max_examples=3_000, **COMMON)
+settings.load_profile("default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the seed: fixed by default, so that a failure is about the change under test.
+
+    The profile "all" explores: it draws a new seed each time. Workers inherit the choice.
+    """
+    if config.getoption("--hypothesis-seed") is None:
+        explore = config.getoption("--hypothesis-profile") == "all"
+        config.option.hypothesis_seed = str(secrets.randbelow(2**32) if explore else 0)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"torch {torch.__version__}, hypothesis seed {config.getoption('--hypothesis-seed')}"
+
+
+@pytest.fixture(scope="session", name="record_examples")
+def record_examples_fixture() -> Callable[..., None]:
+    """``record_examples(number, of="equivalence")``: counted in the closing lines."""
+    return record_examples
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker sends its counts to the session that started it."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["examples"] = dict(examples)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    examples.update(getattr(node, "workeroutput", {}).get("examples", {}))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    seed = config.getoption("--hypothesis-seed")
+    for name, number in sorted(examples.items()):
+        terminalreporter.write_line(
+            f"{name}: {number} examples (model, mesh, plan); repeat with --hypothesis-seed={seed}"
+        )
