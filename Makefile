@@ -1,5 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer: they create .venv first.
 
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,7 +37,7 @@ test-oldest: $(OLDEST)/.ready ## The test suite on the oldest supported torch (a
 lint: $(READY) build/typing ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright | sed -E 's,/build/typing/moptrace/(passes|kernels)/,/\1/,; s,/build/typing/,/,'
 
 format: $(READY) ## Format the sources and apply safe fixes
 	$(BIN)/ruff check --fix .
@@ -71,7 +73,10 @@ $(OLDEST)/.ready: pyproject.toml requirements-dev.txt
 	$(call INSTALL,$(OLDEST),build/requirements-oldest.txt)
 
 # The package as type checkers must see it: they do not run an editable install's import hooks.
+# Links to files, because pyright does not look for sources behind a linked folder.
 .PHONY: build/typing
 build/typing:
-	@rm -rf $@ && mkdir -p $@/moptrace
-	@ln -s $(foreach source,passes kernels $(wildcard moptrace/*),"$(CURDIR)/$(source)") $@/moptrace/
+	@rm -rf $@ && mkdir -p $@/moptrace/passes $@/moptrace/kernels
+	@ln -s "$(CURDIR)"/moptrace/*.* $@/moptrace/
+	@ln -s "$(CURDIR)"/passes/*.* $@/moptrace/passes/
+	@ln -s "$(CURDIR)"/kernels/*.* $@/moptrace/kernels/
