@@ -1,0 +1,1 @@
+"""Train an unmodified Mixture-of-Experts model on many devices by rewriting its graph."""

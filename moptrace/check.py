@@ -1,0 +1,294 @@
+"""Is a program well formed? Asked after every pass, of its result.
+
+Four questions: is the graph in order and complete; does its signature match; does it keep to its
+level; and, once tensors are placed, do the placements add up? The last one re-derives every
+operator's demand (``infer.py``) and every collective's conversion (``collectives.py``): a missing,
+doubled or wrong collective leaves kinds that do not fit, and with them a wrong gradient.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moptrace import roles
+from moptrace.collectives import COLLECTIVES, collective
+from moptrace.core import Level, Program
+from moptrace.errors import CheckError
+from moptrace.infer import Held, infer, satisfies
+from moptrace.placement import (
+    INVARIANT,
+    PARTIAL,
+    Invariant,
+    Kind,
+    Placement,
+    Rows,
+    Shard,
+    parse_kind,
+)
+from moptrace.random import draw
+from moptrace.reshard import reshard, route
+from moptrace.rules import Rule, operands
+
+__all__ = ["check"]
+
+ops = torch.ops.moptrace
+CONTEXT = 5  # nodes shown on either side of a fault
+
+
+def check(program: Program) -> None:
+    """Raise CheckError, with the neighbourhood of the fault, unless the program is well formed."""
+    for rule in (_order, _signature, _level):
+        _report(program, rule(program))
+    if program.level >= Level.PLACED:
+        _report(program, _Placements(program).faults())
+
+
+Faults = Iterator[tuple[fx.Node, str]]
+
+
+def _report(program: Program, faults: Faults) -> None:
+    for node, fault in faults:
+        name = program.made_by.name if program.made_by else "trace"
+        raise CheckError(
+            f"{fault}, at {roles.where(node)}, while checking the {program.level} program that "
+            f"{name} made:\n{_neighbourhood(program, node)}"
+        )
+
+
+def _neighbourhood(program: Program, fault: fx.Node) -> str:
+    nodes = list(program.graph.nodes)
+    at = nodes.index(fault)
+    lines: list[str] = []
+    for node in nodes[max(at - CONTEXT, 0) : at + CONTEXT + 1]:
+        mark = ">" if node is fault else " "
+        placed = "; ".join(str(p) for p in roles.placements(node))
+        lines.append(f" {mark} {node.format_node()}   {{{placed}}}")
+    return "\n".join(lines)
+
+
+# --- the graph, its signature, its level ----------------------------------------------------------
+
+
+def _order(program: Program) -> Faults:
+    """Every operand is defined before it is used, in this graph; names are unique."""
+    seen: set[fx.Node] = set()
+    names: set[str] = set()
+    for node in program.graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand not in seen:
+                yield node, f"%{operand.name} is used before it is defined"
+        if node.name in names:
+            yield node, f"two nodes are named %{node.name}"
+        if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+            yield node, f"{node.op} does not belong in a program"
+        if node.op == "get_attr" and str(node.target) not in program.constants:
+            yield node, f"the constant {node.target} is missing"
+        seen.add(node)
+        names.add(node.name)
+
+
+def _signature(program: Program) -> Faults:
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
+    end = program.graph.output_node()
+    if tuple(node.name for node in inputs) != program.signature.names:
+        yield end, "the graph's inputs are not those of its signature"
+    outputs = end.args[0]
+    if not isinstance(outputs, tuple) or len(outputs) != len(program.signature.outputs):
+        yield end, "the graph's outputs are not those of its signature"
+
+
+_SIDES: dict[Level, Callable[[Any], bool]] = {
+    Level.CAPTURED: lambda target: collective(target) is None and target not in (reshard, route),
+    Level.CANONICAL: lambda target: collective(target) is None and target not in (reshard, route),
+    Level.PLACED: lambda target: collective(target) is None,
+    Level.LOCAL: lambda target: target not in (reshard, route),
+}
+
+
+def _level(program: Program) -> Faults:
+    allowed = _SIDES.get(program.level, lambda target: True)
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            yield node, f"{node.target} writes in place; programs are functional"
+        if not allowed(node.target):
+            yield node, f"{node.target} does not belong at level {program.level}"
+
+
+# --- placements -----------------------------------------------------------------------------------
+
+
+class _Placements:
+    """Re-derives every placement from the rules and the table of collectives."""
+
+    def __init__(self, program: Program):
+        assert program.layout is not None
+        self.program = program
+        self.layout = program.layout
+        self.differentiable: set[fx.Node] = set()
+        trained = {p.name for p in program.signature.parameters if p.requires_grad}
+        for node in program.graph.nodes:
+            value = roles.value(node)
+            values = value if isinstance(value, (tuple, list)) else [value]
+            floating = any(isinstance(v, Tensor) and v.is_floating_point() for v in values)
+            reached = any(x in self.differentiable for x in node.all_input_nodes)
+            detached = node.target is torch.ops.aten.detach.default
+            if node.name in trained or (floating and reached and not detached):
+                self.differentiable.add(node)
+
+    def faults(self) -> Faults:
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                yield from self._outputs(node)
+            elif node.op == "call_function":
+                yield from self._call(node)
+            elif not roles.placements(node):
+                yield node, "the tensor has no placement"
+
+    def _call(self, node: fx.Node) -> Faults:
+        if node.target is operator.getitem and len(roles.placements(node)) == 1:
+            source = roles.placements(node.args[0])  # type: ignore[arg-type]
+            if len(source) > 1 and source[node.args[1]] != roles.placement(node):  # type: ignore
+                yield node, "the placement is not that of the tuple's element"
+            elif len(source) == 1:
+                yield from self._operator(node)
+        elif node.target in (reshard, route):
+            axis, source, target = node.args[-3:]
+            kinds = parse_kind(str(source)), parse_kind(str(target))
+            yield from self._converts(node, str(axis), *kinds)
+        elif (row := collective(node.target)) is not None:
+            yield from self._collective(node, row.name)
+        elif node.target in (ops.group_rows.default, ops.ungroup_rows.default):
+            yield from self._regroups(node)
+        else:
+            yield from self._operator(node)
+
+    def _operator(self, node: fx.Node) -> Faults:
+        rule: Rule | None = roles.role(node).rule
+        if rule is None:
+            yield from self._without_rule(node)
+            return
+        inputs = operands(node)
+        if node.target is draw:
+            inputs = inputs[-len(rule.operands) :] if rule.operands else []
+        if len(inputs) != len(rule.operands):
+            yield node, f"{len(inputs)} operands, but its rule ({rule}) has {len(rule.operands)}"
+            return
+        outs = [p for p in roles.placements(node) if p is not None]
+        views = {p.view for x in inputs if (p := roles.placement(x)) is not None}
+        views |= {p.view for p in outs}
+        views.discard(self.layout.home)
+        view = views.pop() if views else self.layout.home
+        for axis in view.axes:
+            if axis.size == 1:
+                continue
+            held = [self._held(x, axis.name, view) for x in inputs]
+            if any(h is None for h in held):
+                yield node, f"an operand cannot be said in {view}"
+                return
+            present = [h for h in held if h is not None]
+            demand = infer(rule, present, parts=1)
+            for operand, have, need in zip(inputs, present, demand.operands, strict=True):
+                if not satisfies(have, need):
+                    yield node, f"%{operand.name} is {have.kind} along {axis.name}, not {need}"
+            for given, kind in zip(outs, demand.results, strict=True):
+                said = given.expressed_in(view)
+                if said is None or not self._same(node, said.kind(axis.name), kind):
+                    yield node, f"the result is {given}, but {kind} along {axis.name} follows"
+
+    def _held(self, node: fx.Node, axis: str, view: Any) -> Held | None:
+        placement = roles.placement(node)
+        said = placement.expressed_in(view) if placement else None
+        if said is None:
+            return None
+        live = node in self.differentiable
+        return Held(said.kind(axis), roles.tensor(node).numel() if live else 0, live)
+
+    def _same(self, node: fx.Node, have: Kind, need: Kind) -> bool:
+        return satisfies(Held(have, differentiable=node in self.differentiable), need)
+
+    def _without_rule(self, node: fx.Node) -> Faults:
+        """Only counts of rows and copies of constants may lack a rule."""
+        for operand in operands(node):
+            if operand in self.differentiable:
+                yield node, f"{node.target} has no rule to say how its gradient is held"
+
+    def _collective(self, node: fx.Node, name: str) -> Faults:
+        row = COLLECTIVES[name]
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        axis = next(a for a in node.args if isinstance(a, str))
+        if name == "exchange_counts":
+            if self._kind(x, axis) != PARTIAL:
+                yield node, "only counts by token can be exchanged"
+            return
+        if name in ("send_rows", "return_rows"):
+            order = (Rows("token"), Rows("arrival"))
+            source, target = order if name == "send_rows" else reversed(order)
+            yield from self._converts(node, axis, source, target)
+            return
+        source, target = self._kind(x, axis), self._kind(node, axis)
+        for end, kind, wanted in (("takes", source, row.source), ("gives", target, row.target)):
+            if wanted is not None and not isinstance(kind, wanted):
+                yield node, f"{name} {end} {wanted.__name__.lower()}, got {kind}"
+        dims = [a for a in node.args[2:3] if isinstance(a, int)]
+        for kind in (source, target):
+            if isinstance(kind, Shard) and dims and name != "all_to_all" and kind.dim != dims[0]:
+                yield node, f"{name} acts on dimension {dims[0]}, but the operand is {kind}"
+        yield from self._others_unchanged(node, x, axis)
+
+    def _regroups(self, node: fx.Node) -> Faults:
+        order = (Rows("arrival"), Rows("expert"))
+        source, target = order if node.target is ops.group_rows.default else reversed(order)
+        placement = roles.placement(node)
+        assert placement is not None
+        axis = next(
+            (a.name for a, k in zip(placement.view.axes, placement.kinds, strict=True) if k == target),
+            placement.view.axes[-1].name,
+        )
+        yield from self._converts(node, axis, source, target)
+
+    def _converts(self, node: fx.Node, axis: str, source: Kind, target: Kind) -> Faults:
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        if not self._same(x, self._kind(x, axis), source):
+            yield node, f"%{x.name} is {self._kind(x, axis)} along {axis}, not {source}"
+        if not self._same(node, self._kind(node, axis), target):
+            yield node, f"the result is {self._kind(node, axis)} along {axis}, not {target}"
+        yield from self._others_unchanged(node, x, axis)
+
+    def _others_unchanged(self, node: fx.Node, x: fx.Node, axis: str) -> Faults:
+        view = self.layout.view_of(axis)
+        before, after = self._said(x, view), self._said(node, view)
+        for other, a, b in zip(view.axes, before.kinds, after.kinds, strict=True):
+            if other.name != axis and other.size > 1 and a != b:
+                yield node, f"a change along {axis} also changed {other.name} from {a} to {b}"
+
+    def _kind(self, node: fx.Node, axis: str) -> Kind:
+        return self._said(node, self.layout.view_of(axis)).kind(axis)
+
+    def _said(self, node: fx.Node, view: Any) -> Placement:
+        placement = roles.placement(node)
+        said = placement.expressed_in(view) if placement else None
+        if said is None:
+            raise CheckError(f"{roles.where(node)}: {placement} cannot be said in {view}")
+        return said
+
+    def _outputs(self, end: fx.Node) -> Faults:
+        for position, node in enumerate(end.args[0]):  # type: ignore[arg-type]
+            assert isinstance(node, fx.Node)
+            placement = roles.placement(node)
+            whole = position == self.program.signature.loss
+            whole |= self.program.signature.outputs[position].buffer is not None
+            for axis, kind in zip(placement.view.axes, placement.kinds, strict=True):  # type: ignore
+                if axis.size == 1:
+                    continue
+                if kind == PARTIAL:
+                    yield node, f"the output is a pending sum along {axis.name}"
+                if whole and not isinstance(kind, Invariant) and not self._same(node, kind, INVARIANT):
+                    yield node, f"the output must be invariant along {axis.name}, not {kind}"

@@ -1,0 +1,478 @@
+"""Differentiable collectives: what each one means, its transpose, and how it runs.
+
+A collective changes how the ranks along one axis hold a value, from one kind of placement to
+another; its gradient changes back, from the gradient's kind to the gradient's kind. The table
+``COLLECTIVES`` says both for every collective, and nothing else in moptrace decides how a gradient
+is reduced:
+
+====================  ======================  ====================  =================
+collective            from -> to              transpose             meaning
+====================  ======================  ====================  =================
+all_gather            shard -> replicate      reduce_scatter        concatenate
+all_gather_invariant  shard -> invariant      take_shard            concatenate
+reduce_scatter        partial -> shard        all_gather            sum, own slice
+all_reduce            partial -> replicate    all_reduce            sum
+all_reduce_invariant  partial -> invariant    vary                  sum
+vary                  invariant -> replicate  all_reduce_invariant  nothing
+take_shard            invariant -> shard      all_gather_invariant  own slice
+take_replicated       replicate -> shard      place_shard           own slice
+place_shard           shard -> partial        take_replicated       zeros elsewhere
+all_to_all            shard -> shard          all_to_all            swap dimensions
+send_rows             token -> arrival        return_rows           rows travel
+return_rows           arrival -> token        send_rows             rows travel back
+group_rows            arrival -> expert       ungroup_rows          sort by expert
+ungroup_rows          expert -> arrival       group_rows            and back
+exchange_counts       (integers)              none                  counts travel
+====================  ======================  ====================  =================
+
+Graphs name an axis, never a process group or a rank, so one graph serves every rank. The groups
+come from the ``Communicator`` that is active when the operator runs, and its backward uses the
+same one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moptrace.placement import INVARIANT, PARTIAL, REPLICATE, Kind, Layout, Rows, Shard
+
+__all__ = ["COLLECTIVES", "Collective", "Communicator", "collective", "conversion"]
+
+
+class Communicator:
+    """The process groups of one rank, by axis name; active inside ``with communicator:``.
+
+    ``rank`` is the rank's number in the layout. ``seed`` and ``step`` decide the draws of random
+    operators (``random.py``). Make one with ``Communicator.connect``; without ``groups`` it serves
+    a simulated rank.
+    """
+
+    _active: ClassVar[list[Communicator]] = []
+
+    def __init__(self, layout: Layout, rank: int, groups: Mapping[str, Any] | None = None):
+        self.layout = layout
+        self.rank = rank
+        self.groups = groups or {}
+        self.seed = 0
+        self.step = 0
+
+    @classmethod
+    def connect(cls, layout: Layout, ranks: Sequence[int]) -> Communicator:
+        """Make the process groups; ``ranks[i]`` is the global rank that plays rank ``i``.
+
+        Requires ``torch.distributed`` to be initialised. Collective over all global ranks.
+        """
+        groups = _new_groups(layout, ranks)
+        return cls(layout, list(ranks).index(dist.get_rank()), groups)
+
+    def size(self, axis: str) -> int:
+        return self.layout.size(axis)
+
+    def coordinate(self, axis: str) -> int:
+        return self.layout.view_of(axis).coordinate(self.rank, axis)
+
+    def sizes(self, length: int, axis: str) -> tuple[int, ...]:
+        return self.layout.sizes(length, axis)
+
+    @classmethod
+    def current(cls) -> Communicator:
+        """The active communicator; RuntimeError outside every ``with communicator:``."""
+        if not cls._active:
+            raise RuntimeError(
+                "a collective ran outside a communicator: call the model that parallelize returned, "
+                "or wrap the call in `with communicator:`"
+            )
+        return cls._active[-1]
+
+    def __enter__(self) -> Communicator:
+        self._active.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._active.pop()
+
+
+def _new_groups(layout: Layout, ranks: Sequence[int]) -> dict[str, Any]:
+    """One process group for each axis and sub-group; every rank creates them all, in one order."""
+    mine, made = {}, {}
+    for view in layout.views:
+        for axis in view.axes:
+            for members in view.groups(axis.name):
+                key = tuple(ranks[i] for i in members)
+                if key not in made:
+                    made[key] = dist.new_group(list(key))
+                if dist.get_rank() in key:
+                    mine[axis.name] = made[key]
+    return mine
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One row of the table.
+
+    ``meaning`` maps what the ranks of a group hold to what they hold afterwards, on ordinary
+    tensors: the definition, used by the simulator. ``run`` does the same on one rank with the
+    active communicator. ``transpose`` names the collective of the gradient, None for integers.
+    ``source`` and ``target`` are the kinds it converts between, None where its arguments say.
+    """
+
+    name: str
+    source: type[Kind] | None
+    target: type[Kind] | None
+    transpose: str | None
+    schema: str
+    meaning: Callable[..., list[Tensor]]
+    run: Callable[..., Tensor]
+    shape: Callable[..., Tensor]
+
+    @property
+    def op(self) -> Any:
+        """The operator as graphs call it."""
+        return getattr(torch.ops.moptrace, self.name).default
+
+    def transpose_arguments(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments after the tensor of the transpose, given this collective's own."""
+        if self.name == "all_to_all":
+            axis, split, split_length, join, join_length = arguments
+            return (axis, join, join_length, split, split_length)
+        if self.transpose and "int dim" not in COLLECTIVES[self.transpose].schema:
+            return arguments if "counts" in self.schema else arguments[:1]
+        return arguments
+
+
+# --- meanings: what the ranks of a group hold, before and after -----------------------------------
+
+
+def _concatenate(parts: list[Tensor], sizes: Sequence[int], dim: int, length: int) -> list[Tensor]:
+    return [torch.cat(parts, dim) for _ in parts]
+
+
+def _sum(parts: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    total = torch.stack(parts).sum(0)
+    return [total.clone() for _ in parts]
+
+
+def _sum_and_split(parts: list[Tensor], sizes: Sequence[int], dim: int, length: int) -> list[Tensor]:
+    return list(torch.stack(parts).sum(0).split(list(sizes), dim))
+
+
+def _own_slices(parts: list[Tensor], sizes: Sequence[int], dim: int, length: int) -> list[Tensor]:
+    return [part.split(list(sizes), dim)[i] for i, part in enumerate(parts)]
+
+
+def _zeros_elsewhere(
+    parts: list[Tensor], sizes: Sequence[int], dim: int, length: int
+) -> list[Tensor]:
+    return [_placed(part, sizes, i, dim) for i, part in enumerate(parts)]
+
+
+def _swap(
+    parts: list[Tensor],
+    sizes: Sequence[int],
+    split: int,
+    split_length: int,
+    join: int,
+    join_length: int,
+) -> list[Tensor]:
+    pieces = [part.split(list(sizes), split) for part in parts]
+    return [torch.cat([p[i] for p in pieces], join) for i in range(len(parts))]
+
+
+def _nothing(parts: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    return [part.view_as(part) for part in parts]
+
+
+def _exchange(parts: list[Tensor], sizes: Sequence[int], length: int) -> list[Tensor]:
+    pieces = [part.split(list(sizes)) for part in parts]
+    return [torch.stack([p[i] for p in pieces]) for i in range(len(parts))]
+
+
+def _send(
+    parts: list[Tensor],
+    sizes: Sequence[int],
+    counts: list[Tensor],
+    tables: list[Tensor],
+    length: int,
+) -> list[Tensor]:
+    pieces = [p.split(_sums(c, sizes)) for p, c in zip(parts, counts, strict=True)]
+    return [torch.cat([p[i] for p in pieces]) for i in range(len(parts))]
+
+
+def _return(
+    parts: list[Tensor],
+    sizes: Sequence[int],
+    counts: list[Tensor],
+    tables: list[Tensor],
+    length: int,
+) -> list[Tensor]:
+    pieces = [p.split(t.sum(1).tolist()) for p, t in zip(parts, tables, strict=True)]
+    return [torch.cat([p[i] for p in pieces]) for i in range(len(parts))]
+
+
+# --- runs: the same on one rank, over the process group -------------------------------------------
+
+
+def _axis(axis: str) -> tuple[Communicator, Any]:
+    here = Communicator.current()
+    return here, here.groups[axis]
+
+
+def _run_gather(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
+    here, group = _axis(axis)
+    sizes = here.sizes(length, axis)
+    widest = max(sizes)
+    own = x.movedim(dim, 0)
+    if own.shape[0] < widest:
+        own = torch.cat([own, own.new_zeros(widest - own.shape[0], *own.shape[1:])])
+    out = x.new_empty(widest * len(sizes), *own.shape[1:])
+    dist.all_gather_into_tensor(out, own.contiguous(), group=group)
+    if min(sizes) < widest:
+        out = torch.cat([block[:n] for block, n in zip(out.split(widest), sizes, strict=True)])
+    return out if dim == 0 else out.movedim(0, dim).contiguous()
+
+
+def _run_reduce_scatter(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
+    here, group = _axis(axis)
+    sizes = here.sizes(length, axis)
+    widest, own = max(sizes), sizes[here.coordinate(axis)]
+    whole = x.movedim(dim, 0)
+    if min(sizes) < widest:
+        padded = whole.new_zeros(len(sizes), widest, *whole.shape[1:])
+        for block, piece in zip(padded, whole.split(list(sizes)), strict=True):
+            block[: piece.shape[0]] = piece
+        whole = padded.flatten(0, 1)
+    out = x.new_empty(widest, *whole.shape[1:])
+    dist.reduce_scatter_tensor(out, whole.contiguous(), group=group)
+    return out[:own].movedim(0, dim).contiguous()
+
+
+def _run_reduce(x: Tensor, axis: str) -> Tensor:
+    _, group = _axis(axis)
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=group)
+    return out
+
+
+def _run_take(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
+    here, _ = _axis(axis)
+    return x.split(list(here.sizes(length, axis)), dim)[here.coordinate(axis)].clone()
+
+
+def _run_place(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
+    here, _ = _axis(axis)
+    return _placed(x, here.sizes(length, axis), here.coordinate(axis), dim)
+
+
+def _run_nothing(x: Tensor, axis: str) -> Tensor:
+    return x.clone()  # an operator may not return its input
+
+
+def _run_swap(
+    x: Tensor, axis: str, split: int, split_length: int, join: int, join_length: int
+) -> Tensor:
+    here, group = _axis(axis)
+    cut, glue = here.sizes(split_length, axis), here.sizes(join_length, axis)
+    own = cut[here.coordinate(axis)]
+    pieces = [piece.contiguous().flatten() for piece in x.split(list(cut), split)]
+    shape = list(x.shape)
+    shape[split] = own
+    rest = math.prod(n for d, n in enumerate(shape) if d != join)
+    received = [n * rest for n in glue]
+    out = _all_to_all(torch.cat(pieces), [p.numel() for p in pieces], received, group)
+    blocks = []
+    for block, n in zip(out.split(received), glue, strict=True):
+        shape[join] = n
+        blocks.append(block.view(shape))
+    return torch.cat(blocks, join)
+
+
+def _run_exchange_counts(counts: Tensor, axis: str, length: int) -> Tensor:
+    here, group = _axis(axis)
+    sizes = here.sizes(length, axis)
+    widest, own = max(sizes), sizes[here.coordinate(axis)]
+    if min(sizes) < widest:
+        counts = torch.cat([_padded(c, widest) for c in counts.split(list(sizes))])
+    out = torch.empty_like(counts)
+    dist.all_to_all_single(out, counts, group=group)
+    return out.view(len(sizes), widest)[:, :own].contiguous()
+
+
+def _run_send(rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: int) -> Tensor:
+    here, group = _axis(axis)
+    out = _sums(counts, here.sizes(length, axis))
+    return _all_to_all(rows, out, table.sum(1).tolist(), group)
+
+
+def _run_return(rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: int) -> Tensor:
+    here, group = _axis(axis)
+    back = _sums(counts, here.sizes(length, axis))
+    return _all_to_all(rows, table.sum(1).tolist(), back, group)
+
+
+def _all_to_all(x: Tensor, out_splits: list[int], in_splits: list[int], group: Any) -> Tensor:
+    """Send ``out_splits`` leading slices to the ranks and receive ``in_splits`` from them."""
+    received = x.new_empty(sum(in_splits), *x.shape[1:])
+    dist.all_to_all_single(received, x.contiguous(), in_splits, out_splits, group=group)
+    return received
+
+
+def _sums(counts: Tensor, sizes: Sequence[int]) -> list[int]:
+    """The counts of consecutive experts, added up for each rank that owns them."""
+    values, sums, start = counts.tolist(), [], 0
+    for size in sizes:
+        sums.append(sum(values[start : start + size]))
+        start += size
+    return sums
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, length - x.shape[0]))
+
+
+def _placed(x: Tensor, sizes: Sequence[int], at: int, dim: int) -> Tensor:
+    def zeros(length: int) -> Tensor:
+        return x.new_zeros(*x.shape[:dim], length, *x.shape[dim + 1 :])
+
+    return torch.cat([zeros(sum(sizes[:at])), x, zeros(sum(sizes[at + 1 :]))], dim)
+
+
+# --- shapes of the results under fake tensors -----------------------------------------------------
+
+
+def _resized(x: Tensor, dim: int, length: int) -> Tensor:
+    return x.new_empty(*x.shape[:dim], length, *x.shape[dim + 1 :])
+
+
+def _shape_whole(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
+    return _resized(x, dim, length)
+
+
+def _shape_slice(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
+    here = Communicator.current()
+    return _resized(x, dim, here.sizes(length, axis)[here.coordinate(axis)])
+
+
+def _shape_same(x: Tensor, axis: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _shape_swap(
+    x: Tensor, axis: str, split: int, split_length: int, join: int, join_length: int
+) -> Tensor:
+    return _resized(_shape_slice(x, axis, split, split_length), join, join_length)
+
+
+def _shape_counts(counts: Tensor, axis: str, length: int) -> Tensor:
+    here = Communicator.current()
+    own = here.sizes(length, axis)[here.coordinate(axis)]
+    return counts.new_empty(here.size(axis), own)
+
+
+def _shape_rows(rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: int) -> Tensor:
+    received = torch.library.get_ctx().new_dynamic_size()
+    return rows.new_empty(received, *rows.shape[1:])
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+_PLAIN = "(Tensor x, str axis) -> Tensor"
+_SLICED = "(Tensor x, str axis, int dim, int length) -> Tensor"
+_ROWS = "(Tensor rows, Tensor counts, Tensor table, str axis, int length) -> Tensor"
+_SWAP = "(Tensor x, str axis, int split, int split_length, int join, int join_length) -> Tensor"
+_COUNTS = "(Tensor counts, str axis, int length) -> Tensor"
+
+_shard, _rows = Shard, Rows
+_replicate, _invariant, _partial = type(REPLICATE), type(INVARIANT), type(PARTIAL)
+
+COLLECTIVES: dict[str, Collective] = {
+    row.name: row
+    for row in (
+        # fmt: off
+        Collective("all_gather", _shard, _replicate, "reduce_scatter", _SLICED, _concatenate, _run_gather, _shape_whole),
+        Collective("all_gather_invariant", _shard, _invariant, "take_shard", _SLICED, _concatenate, _run_gather, _shape_whole),
+        Collective("reduce_scatter", _partial, _shard, "all_gather", _SLICED, _sum_and_split, _run_reduce_scatter, _shape_slice),
+        Collective("all_reduce", _partial, _replicate, "all_reduce", _PLAIN, _sum, _run_reduce, _shape_same),
+        Collective("all_reduce_invariant", _partial, _invariant, "vary", _PLAIN, _sum, _run_reduce, _shape_same),
+        Collective("vary", _invariant, _replicate, "all_reduce_invariant", _PLAIN, _nothing, _run_nothing, _shape_same),
+        Collective("take_shard", _invariant, _shard, "all_gather_invariant", _SLICED, _own_slices, _run_take, _shape_slice),
+        Collective("take_replicated", _replicate, _shard, "place_shard", _SLICED, _own_slices, _run_take, _shape_slice),
+        Collective("place_shard", _shard, _partial, "take_replicated", _SLICED, _zeros_elsewhere, _run_place, _shape_whole),
+        Collective("all_to_all", _shard, _shard, "all_to_all", _SWAP, _swap, _run_swap, _shape_swap),
+        Collective("send_rows", _rows, _rows, "return_rows", _ROWS, _send, _run_send, _shape_rows),
+        Collective("return_rows", _rows, _rows, "send_rows", _ROWS, _return, _run_return, _shape_rows),
+        Collective("exchange_counts", None, None, None, _COUNTS, _exchange, _run_exchange_counts, _shape_counts),
+        # fmt: on
+    )
+}
+
+_CONVERSIONS = {
+    (row.source, row.target): row.name
+    for row in COLLECTIVES.values()
+    if row.source and row.source is not Rows
+}
+
+
+def conversion(source: Kind, target: Kind) -> str | None:
+    """The collective that turns one kind into another, or None if there is none.
+
+    >>> conversion(Shard(0), REPLICATE), conversion(PARTIAL, INVARIANT)
+    ('all_gather', 'all_reduce_invariant')
+    """
+    return _CONVERSIONS.get((type(source), type(target)))
+
+
+def collective(target: object) -> Collective | None:
+    """The row of the table for a graph node's target, or None for another operator."""
+    return _BY_OP.get(target)
+
+
+# --- registration ---------------------------------------------------------------------------------
+
+_library = torch.library.Library("moptrace", "FRAGMENT")
+
+
+def _register(row: Collective) -> None:
+    _library.define(row.name + row.schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _library.impl(row.name, row.run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moptrace::{row.name}", row.shape, lib=_library)
+    torch.library.register_autograd(
+        f"moptrace::{row.name}", _backward(row), setup_context=_remember, lib=_library
+    )
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.communicator = Communicator.current()
+    extra = [x for x in inputs[1:] if isinstance(x, Tensor)]
+    ctx.save_for_backward(*extra)
+    ctx.arguments = inputs[1 + len(extra) :]
+
+
+def _backward(row: Collective) -> Callable[..., Any]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        nothing = (None,) * (len(ctx.saved_tensors) + len(ctx.arguments))
+        if row.transpose is None:
+            return (None, *nothing)
+        arguments = row.transpose_arguments((*ctx.saved_tensors, *ctx.arguments))
+        with ctx.communicator:
+            return (COLLECTIVES[row.transpose].op(gradient, *arguments), *nothing)
+
+    return backward
+
+
+for _row in COLLECTIVES.values():
+    _register(_row)
+
+_BY_OP: dict[object, Collective] = {row.op: row for row in COLLECTIVES.values()}

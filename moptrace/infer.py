@@ -1,0 +1,143 @@
+"""What an operator demands of its operands, and what it gives, on one axis of the ranks.
+
+The rule of an operator (``rules.py``) names factors. Here a rule meets the kinds of placement that
+the operands have along one axis, and answers with the kinds they must have and the kinds of the
+results. ``passes/place.py`` inserts the conversions between; ``check.py`` asks again and accepts a
+program only if none is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moptrace.placement import (
+    INVARIANT,
+    PARTIAL,
+    REPLICATE,
+    Invariant,
+    Kind,
+
+    Replicate,
+    Rows,
+    Shard,
+)
+from moptrace.rules import JOINT, Dims, Rule
+
+__all__ = ["Demand", "Held", "infer", "satisfies"]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How one operand is held along the axis.
+
+    ``weight`` is how much moving it would cost (0 for values made of parameters alone, which are
+    gathered before use rather than decide how activations are split). ``differentiable`` is False
+    for values that carry no gradient: for these, replicated and invariant are the same.
+    """
+
+    kind: Kind
+    weight: int = 0
+    differentiable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """The kinds that the operands must have, and that the results then have."""
+
+    operands: tuple[Kind, ...]
+    results: tuple[Kind, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """A factor to split, and whose rows they are where it is a factor of routed rows."""
+
+    factor: str
+    by: str | None = None
+
+
+def satisfies(held: Held, need: Kind) -> bool:
+    """Whether an operand can be used as it is."""
+    if held.kind == need:
+        return True
+    alike = (Replicate, Invariant)
+    return not held.differentiable and isinstance(held.kind, alike) and isinstance(need, alike)
+
+
+def infer(rule: Rule, held: Sequence[Held], parts: int) -> Demand:
+    """Apply ``rule`` along an axis of ``parts`` ranks to operands that are held as given.
+
+    >>> product = Rule((("m", "k"), ("k", "n")), (("m", "n"),), frozenset({0, 1}), summed=True)
+    >>> demand = infer(product, [Held(Shard(0), 8), Held(Shard(1))], 2)  # tokens times a weight
+    >>> [str(kind) for kind in (*demand.operands, *demand.results)]
+    ['shard(0)', 'replicate', 'shard(0)']
+    """
+    split = _choose(rule, held, parts)
+    if split is not None:
+        return Demand(
+            tuple(
+                _operand(rule, position, split, dims)
+                for position, dims in enumerate(rule.operands)
+            ),
+            tuple(_carried(dims, split) or PARTIAL for dims in rule.results),
+        )
+    return _unsplit(rule, held)
+
+
+def _choose(rule: Rule, held: Sequence[Held], parts: int) -> _Split | None:
+    """The factor to split: what costs least to keep; an expert's weight draws its rows."""
+    best: tuple[int, _Split] | None = None
+    for position, (dims, operand) in enumerate(zip(rule.operands, held, strict=True)):
+        split = _split_of(dims, operand.kind)
+        if split is None or not rule.splittable(split.factor, parts):
+            continue
+        if rule.counts is not None and split.factor == "e" and position != rule.counts:
+            return split
+        if best is None or operand.weight > best[0]:
+            best = (operand.weight, split)
+    return best[1] if best else None
+
+
+def _split_of(dims: Dims, kind: Kind) -> _Split | None:
+    match kind:
+        case Shard(dim):
+            factor = dims[dim]
+            return _Split(factor) if factor else None
+        case Rows(by):
+            if dims and dims[0] == "s|e":
+                return _Split("s" if by == "token" else "e")
+            return _Split(dims[0], by) if dims and dims[0] else None
+        case _:
+            return None
+
+
+def _operand(rule: Rule, position: int, split: _Split, dims: Dims) -> Kind:
+    if position == rule.counts and split.factor == "s":
+        return PARTIAL  # each rank counts its own tokens' pairs; all ranks together have them all
+    return _carried(dims, split) or REPLICATE
+
+
+def _carried(dims: Dims, split: _Split) -> Kind | None:
+    """The kind of an operand or result that carries the split factor; None if it does not."""
+    if dims and dims[0] == "s|e" and split.factor in ("s", "e"):
+        return Rows("token" if split.factor == "s" else "expert")
+    if split.factor not in dims:
+        return None
+    at = dims.index(split.factor)
+    return Rows(split.by) if split.by and at == 0 else Shard(at)
+
+
+def _unsplit(rule: Rule, held: Sequence[Held]) -> Demand:
+    """No factor is split: every rank does the same, on whole values or on terms of a sum."""
+    pending = [i for i, operand in enumerate(held) if operand.kind == PARTIAL]
+    if pending and rule.linear == JOINT and len(pending) == len(held):
+        return Demand((PARTIAL,) * len(held), (PARTIAL,) * len(rule.results))
+    if len(pending) == 1 and pending[0] in rule.linear:
+        kinds = tuple(PARTIAL if i == pending[0] else REPLICATE for i in range(len(held)))
+        return Demand(kinds, (PARTIAL,) * len(rule.results))
+    replicated = any(operand.kind == REPLICATE and operand.differentiable for operand in held)
+    kind = REPLICATE if replicated else INVARIANT
+    return Demand((kind,) * len(held), (kind,) * len(rule.results))
+
+

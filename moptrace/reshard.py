@@ -1,0 +1,24 @@
+"""Changes of placement as placed programs write them: the identity on one device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["reshard", "route"]
+
+
+def reshard(x: Tensor, axis: str, source: str, target: str) -> Tensor:
+    """Hold ``x`` in another way along one axis of the ranks; the value is the same.
+
+    ``source`` and ``target`` are printed kinds of placement (``placement.parse_kind``).
+    """
+    return x
+
+
+def route(rows: Tensor, counts: Tensor, axis: str, source: str, target: str) -> Tensor:
+    """Move routed rows along one axis, to the ranks of their experts or back to their tokens'.
+
+    ``counts`` are the rows of each expert, held as ``dispatch`` gives them (by token). On one
+    device all rows are in one place already.
+    """
+    return rows

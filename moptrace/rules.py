@@ -1,0 +1,794 @@
+"""How each operator may be sharded: one small rule per operator.
+
+A rule names, for every dimension of every tensor operand and result, the *factor* that the
+dimension carries, as einsum does: ``linear`` is ``"...k, nk -> ...n"``. Splitting a factor over an
+axis splits every dimension that carries it. A factor in upper case must stay whole. A factor that
+no result carries is summed away, so splitting it leaves ``Partial`` results. A dimension of size 1
+that broadcasts carries no factor.
+
+``linear`` says through which operands a pending sum may pass: ``JOINT`` when the operator is linear
+in all operands together (addition), else the set of operand positions in which it is linear while
+the others are held fixed.
+
+Rules never mention ranks or axes; ``passes/place.py`` applies them to one axis at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from moptrace import roles
+
+__all__ = ["JOINT", "RULES", "Rule", "operands", "results", "rule_for"]
+
+aten = torch.ops.aten
+
+Dims = tuple[str | None, ...]
+JOINT = frozenset({-1})
+NONLINEAR: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The factors of one operator call.
+
+    ``whole`` are factors that must not be split; ``quantum`` gives, for a factor whose dimensions
+    merge or split others, the number that the split must divide. ``summed`` says that factors no
+    result carries are added up (else they must stay whole). ``average`` says that they are
+    averaged: the local result must be divided by the number of ranks. ``random`` marks operators
+    that draw numbers. ``counts`` is the operand that says how many rows each expert has.
+    """
+
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    linear: frozenset[int] = NONLINEAR
+    whole: frozenset[str] = frozenset()
+    summed: bool = False
+    average: bool = False
+    random: bool = False
+    counts: int | None = None
+    quantum: dict[str, int] = field(default_factory=dict)
+
+    def splittable(self, factor: str, parts: int) -> bool:
+        """Whether the factor may be split into ``parts``."""
+        if factor in self.whole or factor.isupper():
+            return False
+        if not self.summed and not any(factor in dims for dims in self.results):
+            return False
+        return self.quantum.get(factor, 0) % parts == 0
+
+    def __str__(self) -> str:
+        sides = (self.operands, self.results)
+        return " -> ".join(", ".join(" ".join(f or "1" for f in d) for d in s) for s in sides)
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensor operands of a node in argument order, repeats included."""
+    leaves = pytree.tree_leaves((node.args, node.kwargs))
+    return [x for x in leaves if isinstance(x, fx.Node) and _is_tensor(x)]
+
+
+def results(node: fx.Node) -> list[Tensor | None]:
+    """The example results of a node, one entry each; None for a result that is not a tensor."""
+    value = roles.value(node)
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [v if isinstance(v, Tensor) else None for v in values]
+
+
+def rule_for(node: fx.Node) -> Rule | None:
+    """The rule of a node's operator, or None if moptrace knows none."""
+    target: Any = node.target
+    if torch.Tag.pointwise in getattr(target, "tags", ()):
+        return pointwise(node)
+    maker = RULES.get(getattr(target, "overloadpacket", target))
+    return maker(node) if maker is not None else None
+
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(roles.value(node), Tensor)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(roles.tensor(node).shape)
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if len(node.args) > position else default
+
+
+def _dims(prefix: str, rank: int) -> Dims:
+    return tuple(f"{prefix}{i}" for i in range(rank))
+
+
+def _same(node: fx.Node, whole: Sequence[int] = (), **changes: Any) -> Rule:
+    """Every operand and result has the dimensions of the first operand; some stay whole."""
+    shape = _shape(operands(node)[0])
+    dims = _dims("d", len(shape))
+    kept = frozenset(dims[d] for d in whole) if shape else frozenset()
+    count = sum(r is not None for r in results(node))
+    return Rule((dims,) * len(operands(node)), (dims,) * count, whole=kept, **changes)
+
+
+def _broadcast(shape: Sequence[int], result: Sequence[int], dims: Dims) -> Dims:
+    """The factors of an operand that broadcasts to ``result``, aligned on the right."""
+    offset = len(result) - len(shape)
+    return tuple(
+        None if n == 1 and result[i + offset] != 1 else dims[i + offset] for i, n in enumerate(shape)
+    )
+
+
+_ADDITIVE = {aten.add.Tensor, aten.sub.Tensor, aten.copy.default, aten.where.self}
+_SCALING = {
+    aten.mul.Tensor: {0, 1},
+    aten.mul.Scalar: {0},
+    aten.div.Tensor: {0},
+    aten.div.Scalar: {0},
+    aten.neg.default: {0},
+    aten._to_copy.default: {0},
+    aten.to.dtype: {0},
+    aten.clone.default: {0},
+    aten.detach.default: {0},
+    aten.masked_fill.Scalar: set[int](),
+}
+
+
+def pointwise(node: fx.Node) -> Rule:
+    """Element by element, with broadcasting."""
+    result = next(r for r in results(node) if r is not None)
+    dims = _dims("d", result.dim())
+    ins = tuple(_broadcast(_shape(x), result.shape, dims) for x in operands(node))
+    count = sum(r is not None for r in results(node))
+    target: Any = node.target
+    linear = frozenset(_SCALING.get(target, ()))
+    if target in _ADDITIVE and len(ins) == 2 and target is not aten.where.self:
+        linear = JOINT
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    if _floors(node):
+        linear = NONLINEAR
+    return Rule(ins, (dims,) * count, linear, random=random)
+
+
+def _floors(node: fx.Node) -> bool:
+    """A cast to an integer type, or from one, is not linear on pending sums of rounded values."""
+    first = operands(node)[0] if operands(node) else None
+    result = next(r for r in results(node) if r is not None)
+    return first is not None and (
+        roles.tensor(first).is_floating_point() and not result.is_floating_point()
+    )
+
+
+# --- movement: views, permutations, slices --------------------------------------------------------
+
+
+def view(node: fx.Node) -> Rule:
+    """Dimensions merge and split; the leading dimension of each merged group can be split."""
+    before, after = _shape(operands(node)[0]), tuple(roles.tensor(node).shape)
+    ins: list[str | None] = [None] * len(before)
+    outs: list[str | None] = [None] * len(after)
+    quantum: dict[str, int] = {}
+    for number, (left, right) in enumerate(_groups(before, after)):
+        factor = f"g{number}"
+        lead_in = next((d for d in left if before[d] != 1), None)
+        lead_out = next((d for d in right if after[d] != 1), None)
+        for d in left:
+            ins[d] = f"G{number}I{d}"
+        for d in right:
+            outs[d] = f"G{number}O{d}"
+        if lead_in is not None and lead_out is not None:
+            ins[lead_in] = outs[lead_out] = factor
+            if before[lead_in] != after[lead_out]:
+                quantum[factor] = math.gcd(_whole(before[lead_in]), _whole(after[lead_out]))
+    return Rule((tuple(ins),), (tuple(outs),), frozenset({0}), quantum=quantum)
+
+
+def _whole(size: Any) -> int:
+    """A size as a number; an unknown size divides nothing."""
+    return size if isinstance(size, int) else 1
+
+
+def _groups(
+    before: Sequence[int], after: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """Pair the dimensions of two shapes of one size into the smallest groups of equal product."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
+        a = before[i] if left else 1
+        b = after[j] if right else 1
+        i, j = i + 1, j + 1
+        while not _equal(a, b):
+            if (_less(a, b) and i < len(before)) or j >= len(after):
+                a, left, i = a * before[i], [*left, i], i + 1
+            else:
+                b, right, j = b * after[j], [*right, j], j + 1
+        groups.append((left, right))
+    return groups
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
+
+
+def _less(a: Any, b: Any) -> bool:
+    return not isinstance(a, int) or (isinstance(b, int) and a < b)
+
+
+def permute(order: Callable[[fx.Node, int], Sequence[int]]) -> Callable[[fx.Node], Rule]:
+    """Dimensions change places: result dimension ``i`` is operand dimension ``order[i]``."""
+
+    def rule(node: fx.Node) -> Rule:
+        dims = _dims("d", len(_shape(operands(node)[0])))
+        return Rule((dims,), (tuple(dims[d] for d in order(node, len(dims))),), frozenset({0}))
+
+    return rule
+
+
+def _transposed(node: fx.Node, rank: int) -> list[int]:
+    a, b = (int(d) % rank for d in (node.args[1], node.args[2]))  # type: ignore[arg-type]
+    order = list(range(rank))
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _permuted(node: fx.Node, rank: int) -> list[int]:
+    return [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr,arg-type]
+
+
+def expand(node: fx.Node) -> Rule:
+    before, after = _shape(operands(node)[0]), tuple(roles.tensor(node).shape)
+    dims = tuple(f"d{i}" for i in range(len(after)))
+    ins = _broadcast(before, after, dims)
+    carried = set(ins)
+    outs = tuple(d if d in carried else d.upper() for d in dims)
+    return Rule((ins,), (outs,), frozenset({0}))
+
+
+def unsqueeze(node: fx.Node) -> Rule:
+    dims = list(_dims("d", len(_shape(operands(node)[0]))))
+    at = int(node.args[1]) % (len(dims) + 1)  # type: ignore[arg-type]
+    return Rule((tuple(dims),), ((*dims[:at], None, *dims[at:]),), frozenset({0}))
+
+
+def squeeze(node: fx.Node) -> Rule:
+    shape = _shape(operands(node)[0])
+    chosen = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    gone = {int(d) % len(shape) for d in chosen if shape and shape[int(d)] == 1}  # type: ignore
+    dims = _dims("d", len(shape))
+    ins = tuple(None if i in gone else d for i, d in enumerate(dims))
+    return Rule((ins,), (tuple(d for d in ins if d),), frozenset({0}))
+
+
+def along_dim(position: int, default: int = 0, linear: bool = True) -> Callable[[fx.Node], Rule]:
+    """The operator mixes positions of one dimension, which stays whole, and no others."""
+
+    def rule(node: fx.Node) -> Rule:
+        dim = _argument(node, position, "dim", default)
+        return _same(node, [dim], linear=frozenset({0}) if linear else NONLINEAR)
+
+    return rule
+
+
+def slices(node: fx.Node) -> Rule:
+    """A slice of one dimension; a slice of everything is the dimension itself."""
+    dim = _argument(node, 1, "dim", 0)
+    everything = _shape(operands(node)[0])[dim] == roles.tensor(node).shape[dim]
+    whole = [] if everything else [dim]
+    return _same(node, whole, linear=frozenset({0}))
+
+
+def pieces(node: fx.Node) -> Rule:
+    """split and chunk."""
+    return _same(node, [_argument(node, 2, "dim", 0)], linear=frozenset({0}))
+
+
+def select(node: fx.Node) -> Rule:
+    dims = _dims("d", len(_shape(operands(node)[0])))
+    at = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
+    rest = tuple(d for i, d in enumerate(dims) if i != at)
+    ins = tuple("X" if i == at else d for i, d in enumerate(dims))
+    return Rule((ins,), (rest,), frozenset({0}))
+
+
+def unbind(node: fx.Node) -> Rule:
+    dims = _dims("d", len(_shape(operands(node)[0])))
+    at = _argument(node, 1, "dim", 0) % len(dims)
+    rest = tuple(d for i, d in enumerate(dims) if i != at)
+    ins = tuple("X" if i == at else d for i, d in enumerate(dims))
+    return Rule((ins,), (rest,) * len(results(node)), frozenset({0}))
+
+
+def cat(node: fx.Node) -> Rule:
+    return _same(node, [_argument(node, 1, "dim", 0)], linear=JOINT)
+
+
+def stack(node: fx.Node) -> Rule:
+    dims = _dims("d", len(_shape(operands(node)[0])))
+    at = _argument(node, 1, "dim", 0) % (len(dims) + 1)
+    return Rule((dims,) * len(operands(node)), ((*dims[:at], "X", *dims[at:]),), JOINT)
+
+
+def pad(node: fx.Node) -> Rule:
+    """Padding touches the last dimensions; with zeros it is linear."""
+    amounts = list(node.args[1])  # type: ignore[arg-type]
+    rank = len(_shape(operands(node)[0]))
+    touched = [rank - 1 - i for i in range(len(amounts) // 2) if any(amounts[2 * i : 2 * i + 2])]
+    value = node.args[-1] if len(node.args) > 2 else node.kwargs.get("value")
+    zero = not isinstance(value, (int, float)) or value == 0
+    return _same(node, touched, linear=frozenset({0}) if zero else NONLINEAR)
+
+
+def roll(node: fx.Node) -> Rule:
+    dims = _argument(node, 2, "dims", ())
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    rank = len(_shape(operands(node)[0]))
+    return _same(node, dims or range(rank), linear=frozenset({0}))
+
+
+def flip(node: fx.Node) -> Rule:
+    return _same(node, list(node.args[1]), linear=frozenset({0}))  # type: ignore[arg-type]
+
+
+def repeat(node: fx.Node) -> Rule:
+    times = [int(t) for t in node.args[1]]  # type: ignore[union-attr,arg-type]
+    shape = _shape(operands(node)[0])
+    new = len(times) - len(shape)
+    dims = _dims("d", len(shape))
+    ins = tuple(d if times[i + new] == 1 else f"X{i}" for i, d in enumerate(dims))
+    outs = (*(f"N{i}" for i in range(new)), *ins)
+    return Rule((ins,), (tuple(outs),), frozenset({0}))
+
+
+def repeat_interleave(node: fx.Node) -> Rule:
+    dim = _argument(node, 2, "dim")
+    if dim is None or len(operands(node)) > 1:
+        shape = _shape(operands(node)[0])
+        return Rule(
+            (tuple(f"X{i}" for i in range(len(shape))), *(("Y",) for _ in operands(node)[1:])),
+            (tuple(f"Z{i}" for i in range(roles.tensor(node).dim())),),
+        )
+    return _same(node, [dim], linear=frozenset({0}))
+
+
+def overwrite(node: fx.Node) -> Rule:
+    """slice_scatter: part of one dimension is replaced."""
+    return _same(node, [_argument(node, 2, "dim", 0)], linear=JOINT)
+
+
+def select_overwrite(node: fx.Node) -> Rule:
+    dims = _dims("d", len(_shape(operands(node)[0])))
+    at = _argument(node, 2, "dim", 0) % len(dims)
+    outs = tuple("X" if i == at else d for i, d in enumerate(dims))
+    return Rule((outs, tuple(d for d in outs if d != "X")), (outs,), JOINT)
+
+
+def triangle(node: fx.Node) -> Rule:
+    rank = len(_shape(operands(node)[0]))
+    return _same(node, [rank - 2, rank - 1], linear=frozenset({0}))
+
+
+# --- reductions -----------------------------------------------------------------------------------
+
+
+def _reduced(node: fx.Node, position: int) -> set[int]:
+    rank = len(_shape(operands(node)[0]))
+    dims = _argument(node, position, "dim")
+    if dims is None or dims == []:
+        return set(range(rank))
+    dims = [dims] if isinstance(dims, int) else dims
+    return {int(d) % rank for d in dims} if rank else set()
+
+
+def reduction(
+    summed: bool, average: bool = False, dim_at: int = 1, keep_at: int = 2
+) -> Callable[[fx.Node], Rule]:
+    """Some dimensions vanish, or stay with size 1; ``summed`` ones may be split."""
+
+    def rule(node: fx.Node) -> Rule:
+        gone = _reduced(node, dim_at)
+        keep = bool(_argument(node, keep_at, "keepdim", False))
+        ins = tuple(
+            f"{'r' if summed else 'R'}{i}" if i in gone else f"d{i}"
+            for i in range(len(_shape(operands(node)[0])))
+        )
+        outs = tuple(
+            None if i in gone else f"d{i}" for i in range(len(ins)) if keep or i not in gone
+        )
+        count = sum(r is not None for r in results(node))
+        linear = frozenset({0}) if summed else NONLINEAR
+        return Rule((ins,), (outs,) * count, linear, summed=summed, average=average)
+
+    return rule
+
+
+def histogram(node: fx.Node) -> Rule:
+    """histc and bincount: elements are counted, whatever their order."""
+    shape = _shape(operands(node)[0])
+    return Rule((_dims("r", len(shape)),) * len(operands(node)), (("B",),), summed=True)
+
+
+# --- matrix products ------------------------------------------------------------------------------
+
+
+def spelled(pattern: str, linear: set[int], summed: bool = True) -> Callable[[fx.Node], Rule]:
+    """A rule written as einsum is; ``...`` stands for leading dimensions that broadcast."""
+    left, right = pattern.replace(" ", "").split("->")
+    inputs, output = left.split(","), right
+
+    def rule(node: fx.Node) -> Rule:
+        xs = operands(node)
+        extra = max(len(_shape(x)) - len(p.replace("...", "")) for x, p in zip(xs, inputs))
+        lead = _dims("b", max(extra, 0))
+
+        def dims(term: str, shape: Sequence[int] | None) -> Dims:
+            if "..." not in term:
+                return tuple(term)
+            named = tuple(term.replace("...", ""))
+            if shape is None:
+                return (*lead, *named)
+            own = len(shape) - len(named)
+            result = roles.tensor(node).shape
+            return (*_broadcast(shape[:own], result[: len(lead)], lead), *named)
+
+        ins = tuple(dims(p, _shape(x)) for x, p in zip(xs, inputs))
+        return Rule(ins, (dims(output, None),), frozenset(linear), summed=summed)
+
+    return rule
+
+
+def linear(node: fx.Node) -> Rule:
+    if len(operands(node)) == 3:
+        # The bias is added once, so the contracted factor must stay whole.
+        return spelled("...K, nK, n -> ...n", set())(node)
+    return spelled("...k, nk -> ...n", {0, 1})(node)
+
+
+def matmul(node: fx.Node) -> Rule:
+    a, b = (len(_shape(x)) for x in operands(node))
+    if a == 1 or b == 1:
+        left = "k" if a == 1 else "...mk"
+        right = "k" if b == 1 else "...kn"
+        out = "..." * (a > 2 or b > 2) + "m" * (a > 1) + "n" * (b > 1)
+        left = left if "..." in out else left.replace("...", "")
+        right = right if "..." in out else right.replace("...", "")
+        return spelled(f"{left}, {right} -> {out}", {0, 1})(node)
+    return spelled("...mk, ...kn -> ...mn", {0, 1})(node)
+
+
+def einsum(node: fx.Node) -> Rule | None:
+    equation = str(node.args[0]).replace(" ", "")
+    if "." in equation or "->" not in equation:
+        return None
+    left, right = equation.split("->")
+    rename = {c: f"e{ord(c)}" for c in equation}
+    ins = tuple(tuple(rename[c] for c in term) for term in left.split(","))
+    out = tuple(rename[c] for c in right)
+    return Rule(ins, (out,), frozenset(range(len(ins))), summed=True)
+
+
+def attention(node: fx.Node) -> Rule:
+    """Batch and heads can be split; positions must be whole (ring and Ulysses rewrite that)."""
+    query, key, value = operands(node)[:3]
+    lead = _dims("b", len(_shape(query)) - 2)
+    kv_lead = lead
+    if lead and _shape(query)[-3] != _shape(key)[-3]:  # grouped queries: heads differ
+        kv_lead = (*lead[:-1], "H")
+        lead = (*lead[:-1], "Q")
+    ins: list[Dims] = [(*lead, "S", "E"), (*kv_lead, "T", "E"), (*kv_lead, "T", "F")]
+    out = (*lead, "S", "F")
+    for mask in operands(node)[3:]:
+        ins.append(_broadcast(_shape(mask), roles.tensor(node).shape, (*lead, "S", "T")))
+    return Rule(tuple(ins), (out,))
+
+
+def convolution(node: fx.Node) -> Rule:
+    xs = operands(node)
+    space = len(_shape(xs[0])) - 2
+    positions = tuple(f"S{i}" for i in range(space))
+    ins: list[Dims] = [("n", "C", *positions), ("O", "I", *(f"K{i}" for i in range(space)))]
+    ins += [("O",)] * (len(xs) - 2)
+    return Rule(tuple(ins), (("n", "O", *(f"P{i}" for i in range(space))),))
+
+
+# --- normalisation, softmax, selection ------------------------------------------------------------
+
+
+def trailing_norm(node: fx.Node) -> Rule:
+    """layer_norm and rms_norm: statistics over the trailing dimensions."""
+    xs = operands(node)
+    shape = _shape(xs[0])
+    lead = len(shape) - len(list(node.args[1]))  # type: ignore[arg-type]
+    dims = tuple(f"d{i}" if i < lead else f"N{i}" for i in range(len(shape)))
+    return Rule((dims, *(dims[lead:] for _ in xs[1:])), (dims,) * len(results(node)))
+
+
+def topk(node: fx.Node) -> Rule:
+    dim = _argument(node, 2, "dim", -1)
+    return _same(node, [dim])
+
+
+def sort(node: fx.Node) -> Rule:
+    return _same(node, [_argument(node, 1, "dim", -1)])
+
+
+def gather(node: fx.Node) -> Rule:
+    """gather(x, dim, index): other dimensions correspond one to one where sizes agree."""
+    xs = operands(node)
+    dim = int(node.args[1]) % max(len(_shape(xs[0])), 1)  # type: ignore[arg-type]
+    source, index = _shape(xs[0]), _shape(xs[1])
+    dims = tuple(
+        f"d{i}" if i != dim and source[i] == index[i] else f"X{i}" for i in range(len(index))
+    )
+    outs = tuple(f"Y{i}" if d.startswith("X") else d for i, d in enumerate(dims))
+    return Rule((dims, outs), (outs,), frozenset({0}))
+
+
+def scatter(node: fx.Node) -> Rule:
+    """scatter and scatter_add: dimensions other than ``dim`` correspond where sizes agree."""
+    xs = operands(node)
+    dim = int(node.args[1]) % max(len(_shape(xs[0])), 1)  # type: ignore[arg-type]
+    shape, index = _shape(xs[0]), _shape(xs[1])
+    outs = tuple(
+        f"d{i}" if i != dim and shape[i] == index[i] else f"X{i}" for i in range(len(shape))
+    )
+    ins = tuple(f"Y{i}" if d.startswith("X") else d for i, d in enumerate(outs))
+    return Rule((outs, *([ins] * (len(xs) - 1))), (outs,))
+
+
+def index(node: fx.Node) -> Rule | None:
+    """x[i, :, j]: indexed dimensions stay whole, the indices' own dimensions come first or in place."""
+    xs = operands(node)
+    chosen = list(node.args[1])  # type: ignore[arg-type]
+    if any(isinstance(i, fx.Node) and roles.tensor(i).dtype == torch.bool for i in chosen):
+        return None
+    shape = _shape(xs[0])
+    chosen += [None] * (len(shape) - len(chosen))
+    at = [i for i, c in enumerate(chosen) if c is not None]
+    dims = tuple(f"X{i}" if i in at else f"d{i}" for i in range(len(shape)))
+    common = torch.broadcast_shapes(*(_shape(x) for x in xs[1:]))
+    inner = _dims("i", len(common))
+    ins = tuple(_broadcast(_shape(x), common, inner) for x in xs[1:])
+    rest = [d for d in dims if d.startswith("d")]
+    together = at == list(range(at[0], at[-1] + 1))
+    before = [d for i, d in enumerate(dims) if i < at[0] and d in rest] if together else []
+    outs = (*before, *inner, *rest[len(before) :])
+    return Rule((dims, *ins), (outs,), frozenset({0}))
+
+
+def index_select(node: fx.Node) -> Rule:
+    shape = _shape(operands(node)[0])
+    dim = int(node.args[1]) % len(shape)  # type: ignore[arg-type]
+    ins = tuple("X" if i == dim else f"d{i}" for i in range(len(shape)))
+    outs = tuple("i" if i == dim else f"d{i}" for i in range(len(shape)))
+    return Rule((ins, ("i",)), (outs,), frozenset({0}))
+
+
+def index_put(node: fx.Node) -> Rule | None:
+    """x[i, j] = v: dimensions of x that are not indexed can be split."""
+    xs = operands(node)
+    chosen = list(node.args[1])  # type: ignore[arg-type]
+    shape = _shape(xs[0])
+    if any(c is None for c in chosen) or len(chosen) > len(shape):
+        return None
+    if any(roles.tensor(c).dtype == torch.bool for c in chosen if isinstance(c, fx.Node)):
+        return None
+    dims = tuple(f"X{i}" if i < len(chosen) else f"d{i}" for i in range(len(shape)))
+    indices = tuple(tuple(f"I{i}" for i in range(len(_shape(x)))) for x in xs[1:-1])
+    trailing = dims[len(chosen) :]
+    values = _shape(xs[-1])
+    lead = max(len(values) - len(trailing), 0)
+    full = (*(f"I{i}" for i in range(lead)), *trailing)
+    value = tuple(None if n == 1 else f for n, f in zip(values, full[-len(values) :] if values else ()))
+    return Rule((dims, *indices, value), (dims,))
+
+
+def index_add(node: fx.Node) -> Rule:
+    shape = _shape(operands(node)[0])
+    dim = int(node.args[1]) % len(shape)  # type: ignore[arg-type]
+    outs = tuple("X" if i == dim else f"d{i}" for i in range(len(shape)))
+    source = tuple("I" if i == dim else f"d{i}" for i in range(len(shape)))
+    return Rule((outs, ("I",), source), (outs,))
+
+
+def embedding(node: fx.Node) -> Rule:
+    ids = _dims("i", len(_shape(operands(node)[1])))
+    return Rule((("V", "d"), ids), ((*ids, "d"),), frozenset({0}))
+
+
+def one_hot(node: fx.Node) -> Rule:
+    dims = _dims("d", len(_shape(operands(node)[0])))
+    return Rule((dims,), ((*dims, "C"),))
+
+
+def loss_per_token(node: fx.Node) -> Rule | None:
+    """cross_entropy_loss and nll_loss without a mean over tokens (normalize_losses sees to it)."""
+    xs = operands(node)
+    reduce = _argument(node, 3, "reduction", 1)
+    logits = _shape(xs[0])
+    if len(logits) < 2 or reduce == 1:
+        return None
+    spatial = tuple(f"s{i}" for i in range(len(logits) - 2))
+    target: Dims = ("n", *spatial)
+    if len(_shape(xs[1])) == len(logits):  # class probabilities
+        target = ("n", "C", *spatial)
+    ins: tuple[Dims, ...] = (("n", "C", *spatial), target, *((("C",),) * (len(xs) - 2)))
+    tokens = ("n", *spatial)
+    count = len([r for r in results(node) if r is not None])
+    if reduce == 0:
+        return Rule(ins, (tokens,) * count)
+    return Rule(ins, ((),) * count, summed=True)
+
+
+# --- the canonical Mixture-of-Experts operators ---------------------------------------------------
+# The first dimension of routed rows carries two factors, written "s|e": the token-expert pairs in
+# token order, and the experts. Rows by token split "s", rows by expert split "e".
+
+_BY_TOKEN = frozenset({"e"})
+
+
+def dispatch(node: fx.Node) -> Rule:
+    rest = _dims("d", len(_shape(operands(node)[0])) - 1)
+    rows: Dims = ("s|e", *rest)
+    return Rule((("s", *rest), ("s", "K")), (rows, ("E",), ("s|e",)), whole=_BY_TOKEN, summed=True)
+
+
+def pair_rows(node: fx.Node) -> Rule:
+    rest = _dims("d", len(_shape(operands(node)[0])) - 2)
+    return Rule((("s", "K", *rest), ("s|e",)), (("s|e", *rest),), whole=_BY_TOKEN)
+
+
+def grouped_mm(node: fx.Node) -> Rule:
+    return Rule((("s|e", "K"), ("e", "K", "n"), ("e",)), (("s|e", "n"),), counts=2)
+
+
+def expert_rows(node: fx.Node) -> Rule:
+    param, _, rows = operands(node)
+    rest = _dims("d", len(_shape(param)) - 1)
+    others = tuple(f"R{i}" for i in range(len(_shape(rows)) - 1))
+    return Rule((("e", *rest), ("e",), ("s|e", *others)), (("s|e", *rest),), counts=1)
+
+
+def combine(node: fx.Node) -> Rule:
+    rest = _dims("d", len(_shape(operands(node)[0])) - 1)
+    return Rule(
+        (("s|e", *rest), ("s|e",), ("s", "K")), (("s", *rest),), whole=_BY_TOKEN
+    )
+
+
+def constant(node: fx.Node) -> Rule:
+    """No tensor operand: the same value everywhere."""
+    result = roles.tensor(node)
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return Rule((), (_dims("d", result.dim()),), random=random)
+
+
+def like(node: fx.Node) -> Rule:
+    """zeros_like and friends: the shape of the operand, not its values."""
+    return _same(node, random=torch.Tag.nondeterministic_seeded in node.target.tags)  # type: ignore
+
+
+def new_like(node: fx.Node) -> Rule:
+    """new_zeros and friends: only the type of the operand matters."""
+    operand = operands(node)[0]
+    return Rule(
+        (tuple(f"X{i}" for i in range(len(_shape(operand)))),),
+        (tuple(f"Y{i}" for i in range(roles.tensor(node).dim())),),
+    )
+
+
+def getitem(node: fx.Node) -> Rule | None:
+    raise AssertionError("getitem takes its placement from its tuple; see passes/place.py")
+
+
+RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
+    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten), view),
+    **dict.fromkeys((aten.transpose, aten.swapaxes), permute(_transposed)),
+    aten.permute: permute(_permuted),
+    aten.t: permute(lambda node, rank: list(reversed(range(rank)))),
+    aten.numpy_T: permute(lambda node, rank: list(reversed(range(rank)))),
+    aten.expand: expand,
+    aten.unsqueeze: unsqueeze,
+    aten.squeeze: squeeze,
+    aten.slice: slices,
+    aten.narrow: slices,
+    aten.select: select,
+    aten.unbind: unbind,
+    **dict.fromkeys((aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split), pieces),
+    aten.cat: cat,
+    aten.stack: stack,
+    **dict.fromkeys((aten.pad, aten.constant_pad_nd), pad),
+    aten.roll: roll,
+    aten.flip: flip,
+    aten.repeat: repeat,
+    aten.repeat_interleave: repeat_interleave,
+    aten.slice_scatter: overwrite,
+    aten.select_scatter: select_overwrite,
+    **dict.fromkeys((aten.tril, aten.triu), triangle),
+    **dict.fromkeys(
+        (aten.clone, aten._to_copy, aten.detach, aten.contiguous, aten.copy, aten.lift_fresh_copy),
+        pointwise,
+    ),
+    aten.sum: reduction(summed=True),
+    aten.mean: reduction(summed=True, average=True),
+    **dict.fromkeys(
+        (aten.amax, aten.amin, aten.any, aten.all, aten.logsumexp, aten.prod, aten.argmax, aten.max),
+        reduction(summed=False),
+    ),
+    **dict.fromkeys((aten.min, aten.argmin, aten.median), reduction(summed=False)),
+    **dict.fromkeys((aten.var, aten.std), reduction(summed=False, keep_at=4)),
+    aten.linalg_vector_norm: reduction(summed=False, dim_at=2, keep_at=3),
+    aten.norm: reduction(summed=False, dim_at=2, keep_at=3),
+    aten.cumsum: along_dim(1),
+    **dict.fromkeys((aten.cumprod, aten.logcumsumexp), along_dim(1, linear=False)),
+    **dict.fromkeys((aten.histc, aten.bincount), histogram),
+    aten.linear: linear,
+    aten.matmul: matmul,
+    aten.mm: spelled("mk, kn -> mn", {0, 1}),
+    aten.bmm: spelled("bmk, bkn -> bmn", {0, 1}),
+    aten.mv: spelled("mk, k -> m", {0, 1}),
+    aten.dot: spelled("k, k -> ", {0, 1}),
+    aten.outer: spelled("m, n -> mn", {0, 1}),
+    aten.addmm: spelled("n, mK, Kn -> mn", set()),
+    aten.einsum: einsum,
+    aten.scaled_dot_product_attention: attention,
+    **dict.fromkeys((aten.conv1d, aten.conv2d, aten.convolution), convolution),
+    **dict.fromkeys((aten.layer_norm, aten.rms_norm, aten.native_layer_norm), trailing_norm),
+    **dict.fromkeys(
+        (aten.softmax, aten.log_softmax, aten._softmax, aten._log_softmax, aten.glu),
+        along_dim(1, -1, linear=False),
+    ),
+    aten.topk: topk,
+    **dict.fromkeys((aten.sort, aten.argsort), sort),
+    aten.gather: gather,
+    **dict.fromkeys((aten.scatter, aten.scatter_add, aten.scatter_reduce), scatter),
+    aten.index: index,
+    aten.index_select: index_select,
+    aten.index_put: index_put,
+    aten.index_add: index_add,
+    aten.embedding: embedding,
+    aten.one_hot: one_hot,
+    **dict.fromkeys((aten.cross_entropy_loss, aten.nll_loss, aten.nll_loss_nd), loss_per_token),
+    **dict.fromkeys((aten.dropout, aten.native_dropout, aten.feature_dropout), lambda n: _same(n, random=True)),
+    **dict.fromkeys((aten.bernoulli, aten.multinomial), lambda n: _same(n, random=True)),
+    **dict.fromkeys(
+        (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like),
+        like,
+    ),
+    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty), new_like),
+    **dict.fromkeys(
+        (aten.zeros, aten.ones, aten.full, aten.empty, aten.arange, aten.scalar_tensor, aten.eye, aten.rand, aten.randn, aten.linspace),
+        constant,
+    ),
+    operator.getitem: getitem,
+}
+
+
+def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
+    import moptrace.kernels.grouped_mm
+    import moptrace.kernels.routing  # noqa: F401  importing registers the operators
+
+    ops = torch.ops.moptrace
+    return {
+        ops.dispatch: dispatch,
+        ops.pair_rows: pair_rows,
+        ops.grouped_mm: grouped_mm,
+        ops.expert_rows: expert_rows,
+        ops.combine: combine,
+    }
+
+
+RULES.update(_canonical_operators())

@@ -1,0 +1,140 @@
+"""Run a local program on many simulated ranks, in one process and in lock step.
+
+Every rank's values are ordinary tensors. An operator runs once for each rank; a collective runs
+once for each of its groups, by its definition in ``collectives.py``, and differentiates by its
+transpose there, exactly as on real ranks. So a program with a wrong reduction gives wrong
+gradients here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moptrace.collectives import COLLECTIVES, Collective, Communicator, collective
+from moptrace.core import Program
+from moptrace.placement import Layout
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    program: Program, arguments: Sequence[Mapping[str, Tensor]], seed: int = 0, step: int = 0
+) -> list[list[Any]]:
+    """Run all ranks of a local program.
+
+    ``arguments[r]`` maps the name of every graph input to what rank ``r`` holds. Returns each
+    rank's graph outputs. Differentiable: ``torch.autograd.backward([out[loss] for out in outputs])``
+    runs every rank's backward, each from its own loss.
+    """
+    layout = program.layout
+    assert layout is not None and len(arguments) == layout.world_size
+    ranks = [Communicator(layout, rank) for rank in range(layout.world_size)]
+    for rank in ranks:
+        rank.seed, rank.step = seed, step
+    values: dict[fx.Node, list[Any]] = {}
+    remaining = {node: len(node.users) for node in program.graph.nodes}
+    for node in program.graph.nodes:
+        values[node] = _visit(program, node, values, arguments, ranks)
+        for used in node.all_input_nodes:
+            remaining[used] -= 1
+            if not remaining[used]:
+                del values[used]
+        if node.op == "output":
+            return [list(results) for results in values[node]]
+    raise AssertionError("the graph has no output")
+
+
+def _visit(
+    program: Program,
+    node: fx.Node,
+    values: dict[fx.Node, list[Any]],
+    arguments: Sequence[Mapping[str, Tensor]],
+    ranks: Sequence[Communicator],
+) -> list[Any]:
+    if node.op == "placeholder":
+        return [own[node.name] for own in arguments]
+    if node.op == "get_attr":
+        return [program.constants[str(node.target)] for _ in ranks]
+    args = [
+        fx.node.map_arg((node.args, node.kwargs), lambda n, r=r: values[n][r])  # noqa: B023
+        for r in range(len(ranks))
+    ]
+    if node.op == "output":
+        return [own[0][0] for own in args]
+    row = collective(node.target)
+    if row is not None:
+        return _together(row, [own[0] for own in args], program.layout)
+    results: list[Any] = []
+    for rank, (positional, keywords) in zip(ranks, args, strict=True):
+        with rank:
+            results.append(node.target(*positional, **keywords))  # type: ignore[operator]
+    return results
+
+
+def _together(row: Collective, args: list[tuple[Any, ...]], layout: Layout | None) -> list[Any]:
+    """Run a collective for each of its groups."""
+    assert layout is not None
+    axis = next(x for x in args[0] if isinstance(x, str))
+    results: list[Any] = [None] * len(args)
+    for group in layout.view_of(axis).groups(axis):
+        members = [args[r] for r in group]
+        tensors = [[x for x in own if isinstance(x, Tensor)] for own in members]
+        extra = tuple(x for x in members[0] if not isinstance(x, (Tensor, str)))
+        beside = tuple(list(column) for column in list(zip(*tensors, strict=True))[1:])
+        outs = _LockStep.apply(row, layout, axis, beside, extra, *(own[0] for own in tensors))
+        for r, out in zip(group, outs, strict=True):
+            results[r] = out
+    return results
+
+
+class _LockStep(torch.autograd.Function):
+    """One collective over one group; its backward is the transpose in the table."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        row: Collective,
+        layout: Layout,
+        axis: str,
+        beside: tuple[list[Tensor], ...],
+        extra: tuple[Any, ...],
+        *parts: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.row, ctx.layout, ctx.axis, ctx.beside, ctx.extra = row, layout, axis, beside, extra
+        outs = _mean(row, layout, axis, beside, extra, parts)
+        if not outs[0].is_floating_point():
+            ctx.mark_non_differentiable(*outs)
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        nothing = (None,) * 5
+        if ctx.row.transpose is None:
+            return (*nothing, *(None for _ in gradients))
+        transpose = COLLECTIVES[ctx.row.transpose]
+        extra = ctx.row.transpose_arguments((ctx.axis, *ctx.extra))[1:]
+        if ctx.beside:
+            extra = ctx.extra
+        return (*nothing, *_mean(transpose, ctx.layout, ctx.axis, ctx.beside, extra, gradients))
+
+
+def _mean(
+    row: Collective,
+    layout: Layout,
+    axis: str,
+    beside: tuple[list[Tensor], ...],
+    extra: tuple[Any, ...],
+    parts: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """What a collective means, with the sizes of the slices that it makes."""
+    length = extra[-1] if extra else 0
+    sizes = layout.sizes(length, axis)
+    if row.name == "all_to_all":
+        sizes = layout.sizes(extra[1], axis)
+    outs = row.meaning([x.detach() for x in parts], sizes, *beside, *extra)
+    fresh = {id(x) for x in parts}
+    return tuple(x.clone() if id(x) in fresh or x._is_view() else x for x in outs)

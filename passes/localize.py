@@ -1,0 +1,253 @@
+"""Write the program that each rank runs: its own shapes, and a collective for every reshard."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moptrace import roles
+from moptrace.collectives import COLLECTIVES, conversion
+from moptrace.core import Level, Pass, Program
+from moptrace.placement import (
+    PARTIAL,
+    Kind,
+    Layout,
+    Placement,
+    Rows,
+    Shard,
+    parse_kind,
+)
+from moptrace.random import draw
+from moptrace.reshard import reshard, route
+from moptrace.rules import Rule
+
+__all__ = ["local_shape", "localize"]
+
+aten, ops = torch.ops.aten, torch.ops.moptrace
+
+
+def localize() -> Pass:
+    """Replace global shapes by each rank's own and every reshard by a differentiable collective.
+
+    The graph stays the same on all ranks: it names axes, and the rank's position along them is
+    read when it runs. Requires: a placed program. Ensures: ranks that run the graph together
+    compute the placed program's function, and its gradients by the collectives' transposes.
+    """
+
+    def rewrite(program: Program) -> Program:
+        assert program.layout is not None
+        localizer = _Localizer(program.layout)
+        for node in program.graph.nodes:
+            localizer.visit(node)
+        return program.with_graph(localizer.graph)
+
+    return Pass("localize", rewrite, takes=(Level.PLACED,), gives=Level.LOCAL)
+
+
+def local_shape(
+    shape: torch.Size | tuple[int, ...], placement: Placement, layout: Layout
+) -> tuple[int, ...]:
+    """The shape that the first rank holds, the largest where ranks differ.
+
+    Routed rows, whose number is known only when the program runs, keep their global number.
+    """
+    return tuple(
+        _local_size(size, dim, placement, layout) for dim, size in enumerate(shape)
+    )
+
+
+def _local_size(size: int, dim: int, placement: Placement, layout: Layout) -> int:
+    for axis in placement.axes_of_dim(dim):
+        if axis.size > 1:
+            size = layout.sizes(size, axis.name)[0]
+    return size
+
+
+# Operators that are told the size of their result, and which argument says it.
+_SIZE_ARGUMENT = {
+    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view, aten.expand), 1),
+    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty), 1),
+    **dict.fromkeys((aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn), 0),
+}
+
+
+class _Localizer:
+    """The state of one walk that writes the local graph."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.tables: dict[tuple[fx.Node, str], fx.Node] = {}
+        self.site = 0
+
+    def visit(self, node: fx.Node) -> None:
+        if node.target is reshard:
+            self.new[node] = self._collective(node)
+        elif node.target is route:
+            self.new[node] = self._route(node)
+        elif node.op == "call_function":
+            self.new[node] = self._operator(node)
+        else:
+            self.new[node] = self._copy(node)
+
+    # --- ordinary operators ---
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        new = self.graph.node_copy(node, self.new.__getitem__)
+        roles.set_value(new, self._local_value(node))
+        return new
+
+    def _local_value(self, node: fx.Node) -> Any:
+        value = roles.value(node)
+        placed = roles.placements(node)
+        if isinstance(value, Tensor) and placed and placed[0]:
+            return _resized(value, local_shape(value.shape, placed[0], self.layout))
+        if isinstance(value, (tuple, list)) and len(placed) == len(value):
+            return tuple(
+                _resized(v, local_shape(v.shape, p, self.layout)) if isinstance(v, Tensor) and p else v
+                for v, p in zip(value, placed, strict=True)
+            )
+        return value
+
+    def _operator(self, node: fx.Node) -> fx.Node:
+        rule: Rule | None = roles.role(node).rule
+        new = self._copy(node)
+        self._shrink_sizes(node, new)
+        if rule is not None and rule.random:
+            self._seed(node, new)
+        if rule is not None and rule.average:
+            return self._averaged(node, new, rule)
+        return new
+
+    def _shrink_sizes(self, node: fx.Node, new: fx.Node) -> None:
+        at = _SIZE_ARGUMENT.get(getattr(node.target, "overloadpacket", None))
+        placement = roles.placement(node)
+        if at is None or placement is None:
+            return
+        sizes = [
+            self._size(entry, dim, roles.tensor(node).shape[dim], placement)
+            for dim, entry in enumerate(new.args[at])  # type: ignore[arg-type]
+        ]
+        new.update_arg(at, sizes)
+
+    def _size(self, entry: Any, dim: int, size: int, placement: Placement) -> Any:
+        if isinstance(entry, fx.Node) or entry == -1:
+            return entry
+        if dim == 0 and any(isinstance(kind, Rows) for kind in placement.kinds):
+            return -1
+        return _local_size(size, dim, placement, self.layout)
+
+    def _seed(self, node: fx.Node, new: fx.Node) -> None:
+        placement = roles.placements(node)[0]
+        assert placement is not None
+        axes = [
+            axis.name
+            for axis, kind in zip(placement.view.axes, placement.kinds, strict=True)
+            if isinstance(kind, (Shard, Rows)) and axis.size > 1
+        ]
+        new.args = (node.target, self.site, tuple(axes), *new.args)  # type: ignore[assignment]
+        new.target = draw
+        self.site += 1
+
+    def _averaged(self, node: fx.Node, new: fx.Node, rule: Rule) -> fx.Node:
+        """A mean over a split dimension: the mean of the ranks' means, all of equal size."""
+        placement = roles.placement(node)
+        operand = roles.placement(node.all_input_nodes[0])
+        assert placement is not None and operand is not None
+        parts = math.prod(
+            axis.size
+            for axis, before, after in zip(
+                operand.view.axes, operand.kinds, placement.kinds, strict=True
+            )
+            if isinstance(before, Shard) and after == PARTIAL
+        )
+        if parts == 1:
+            return new
+        return self._call(node, aten.div.Tensor, (new, parts), _divided(rule))
+
+    # --- collectives ---
+
+    def _collective(self, node: fx.Node) -> fx.Node:
+        x, axis, source, target = node.args
+        assert isinstance(x, fx.Node) and isinstance(axis, str)
+        before, after = parse_kind(str(source)), parse_kind(str(target))
+        if _counts_rows(x) and before == PARTIAL and after == Shard(0):
+            table = self._table(x, axis)
+            return self._call(node, aten.sum.dim_IntList, (table, [0]), None)
+        name = conversion(before, after)
+        assert name is not None, f"no collective from {source} to {target}"
+        arguments = _arguments(name, before, after, axis, tuple(roles.tensor(x).shape))
+        return self._call(node, COLLECTIVES[name].op, (self.new[x], *arguments), None)
+
+    def _route(self, node: fx.Node) -> fx.Node:
+        x, counts, axis, source, _ = node.args
+        assert isinstance(x, fx.Node) and isinstance(counts, fx.Node) and isinstance(axis, str)
+        table, own = self._table(counts, axis), self.new[counts]
+        experts = roles.tensor(counts).shape[0]
+        arrival = _with_kind(roles.placement(node), axis, Rows("arrival"))
+        if parse_kind(str(source)) == Rows("token"):
+            rows = self.new[x]
+            sent = self._call(node, ops.send_rows.default, (rows, own, table, axis, experts), None)
+            roles.set_role(sent, placements=(arrival,))
+            return self._call(node, ops.group_rows.default, (sent, table), None)
+        rows = self._call(node, ops.ungroup_rows.default, (self.new[x], table), None)
+        roles.set_role(rows, placements=(arrival,))
+        return self._call(node, ops.return_rows.default, (rows, own, table, axis, experts), None)
+
+    def _table(self, counts: fx.Node, axis: str) -> fx.Node:
+        """How many rows of each own expert come from each rank."""
+        key = (counts, axis)
+        if key not in self.tables:
+            experts = roles.tensor(counts).shape[0]
+            args = (self.new[counts], axis, experts)
+            table = self._call(counts, ops.exchange_counts.default, args, None)
+            ranks, own = self.layout.size(axis), self.layout.sizes(experts, axis)[0]
+            roles.set_value(table, roles.tensor(counts).new_empty(ranks, own))
+            placed = roles.placement(counts)
+            roles.set_role(table, placements=(_with_kind(placed, axis, Shard(1)),))
+            self.tables[key] = table
+        return self.tables[key]
+
+    def _call(self, node: fx.Node, target: Any, args: tuple[Any, ...], rule: Any) -> fx.Node:
+        """A new node that stands for ``node``."""
+        new = self.graph.call_function(target, args)
+        roles.copy_role(new, of=node, rule=rule)
+        roles.set_value(new, self._local_value(node))
+        return new
+
+
+def _resized(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return value if tuple(value.shape) == shape else value.new_empty(shape)
+
+
+def _with_kind(placement: Placement | None, axis: str, kind: Kind) -> Placement:
+    assert placement is not None
+    return placement.with_kind(axis, kind)
+
+
+def _counts_rows(node: fx.Node) -> bool:
+    """Whether a node is the counts that dispatch gives."""
+    source = node.args[0] if node.args else None
+    return isinstance(source, fx.Node) and source.target is ops.dispatch.default
+
+
+def _divided(rule: Rule) -> Rule:
+    return Rule(rule.results, rule.results, frozenset({0}))
+
+
+def _arguments(
+    name: str, source: Kind, target: Kind, axis: str, shape: tuple[int, ...]
+) -> tuple[Any, ...]:
+    """The arguments after the tensor; lengths are global."""
+    if name == "all_to_all":
+        assert isinstance(source, Shard) and isinstance(target, Shard)
+        return (axis, target.dim, shape[target.dim], source.dim, shape[source.dim])
+    if "int dim" not in COLLECTIVES[name].schema:
+        return (axis,)
+    split = source if isinstance(source, Shard) else target
+    assert isinstance(split, Shard)
+    return (axis, split.dim, shape[split.dim])

@@ -1,0 +1,317 @@
+"""Place every value, and write a reshard wherever a placement changes."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moptrace import roles
+from moptrace.collectives import conversion
+from moptrace.core import Level, Pass, Program
+from moptrace.errors import PlacementError
+from moptrace.infer import Held, infer, satisfies
+from moptrace.placement import (
+    INVARIANT,
+    PARTIAL,
+    Invariant,
+    Kind,
+    Layout,
+    Partial,
+    Placement,
+
+    Rows,
+    Shard,
+    View,
+)
+from moptrace.reshard import reshard, route
+from moptrace.rules import Rule, operands, results, rule_for
+
+__all__ = ["ReplicationWarning", "place"]
+
+aten = torch.ops.aten
+
+
+class ReplicationWarning(UserWarning):
+    """An operator without a sharding rule runs on whole values on every rank."""
+
+
+def place() -> Pass:
+    """Follow the placements of parameters and batch through the graph.
+
+    Each operator's rule says which placements it takes and gives; where an operand is held in
+    another way, a ``reshard`` (or ``route``, for routed rows) is written before the operator. An
+    operator without a rule gets whole values on every rank, with a ``ReplicationWarning`` that says
+    what that costs. Sums that are pending at the outputs are added up.
+
+    Requires: placements on all parameters, buffers and inputs. Ensures: every tensor is placed,
+    the loss is invariant, and on one device the program computes what it did.
+    """
+
+    def rewrite(program: Program) -> Program:
+        graph, _ = program.copy_graph()
+        placer = _Placer(graph, program)
+        for node in list(graph.nodes):
+            placer.visit(node)
+        placer.outputs(program)
+        program = program.with_graph(graph)
+        for note in placer.notes:
+            warnings.warn(note, ReplicationWarning, stacklevel=2)
+            program = program.with_note(note)
+        return program
+
+    return Pass(
+        "place",
+        rewrite,
+        takes=(Level.CANONICAL,),
+        gives=Level.PLACED,
+        needs=("shard_parameters", "shard_batch"),
+    )
+
+
+_FILLS = {aten.zeros, aten.ones, aten.full, aten.empty}
+_FILLS |= {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
+_DETACHES = {aten.detach.default}
+
+
+class _Placer:
+    """The state of one walk through a graph."""
+
+    def __init__(self, graph: fx.Graph, program: Program):
+        assert program.layout is not None
+        self.graph = graph
+        self.layout = program.layout
+        self.parameters = {p.name: p for p in program.signature.parameters}
+        self.notes: list[str] = []
+        self.differentiable: set[fx.Node] = set()
+        self.of_parameters: set[fx.Node] = set()  # made of parameters alone
+        self.counts: dict[fx.Node, fx.Node] = {}  # routed rows -> the counts of their dispatch
+        self.moved: dict[tuple[fx.Node, str, Kind], fx.Node] = {}
+
+    # --- one node ---
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self._placeholder(node)
+        elif node.op == "get_attr":
+            roles.set_role(node, placements=(Placement.uniform(self.layout.home, INVARIANT),))
+        elif node.op == "call_function":
+            self._provenance(node)
+            if node.target is operator.getitem and not isinstance(_value(node.args[0]), Tensor):
+                self._getitem(node)
+            else:
+                self._operator(node)
+
+    def _placeholder(self, node: fx.Node) -> None:
+        if not roles.placements(node):
+            raise PlacementError(f"{roles.where(node)} has no placement: shard it first")
+        if parameter := self.parameters.get(node.name):
+            self.of_parameters.add(node)
+            if parameter.requires_grad:
+                self.differentiable.add(node)
+
+    def _provenance(self, node: fx.Node) -> None:
+        inputs = node.all_input_nodes
+        value = _value(node)
+        tensors = value if isinstance(value, (tuple, list)) else [value]
+        floating = any(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)
+        if floating and node.target not in _DETACHES:
+            if any(x in self.differentiable for x in inputs):
+                self.differentiable.add(node)
+        if inputs and all(x in self.of_parameters for x in inputs):
+            self.of_parameters.add(node)
+        for x in inputs:
+            if x in self.counts:
+                self.counts[node] = self.counts[x]
+
+    def _getitem(self, node: fx.Node) -> None:
+        source, at = node.args
+        assert isinstance(source, fx.Node) and isinstance(at, int)
+        roles.set_role(node, placements=(roles.placements(source)[at],))
+        if source.target is torch.ops.moptrace.dispatch.default and at == 1:
+            for sibling in source.users:
+                self.counts[sibling] = node
+            self.counts[source] = node
+
+    def _operator(self, node: fx.Node) -> None:
+        inputs = operands(node)
+        rule = rule_for(node)
+        if rule is None or not all(r is not None for r in results(node)):
+            rule = self._whole(node, inputs)
+        view = self._view(inputs)
+        placed = [self._in_view(x, view) for x in inputs]
+        needs: list[list[Kind]] = [[] for _ in inputs]
+        gives: list[list[Kind]] = [[] for _ in rule.results]
+        for axis in view.axes:
+            held = [
+                Held(p.kind(axis.name), self._weight(x), x in self.differentiable)
+                for x, p in zip(inputs, placed, strict=True)
+            ]
+            demand = infer(rule, held, axis.size)
+            for position, (operand, need) in enumerate(zip(held, demand.operands, strict=True)):
+                needs[position].append(operand.kind if satisfies(operand, need) else need)
+            for position, kind in enumerate(demand.results):
+                gives[position].append(kind)
+        for position, (x, now) in enumerate(zip(inputs, placed, strict=True)):
+            wanted = Placement(view, tuple(needs[position]))
+            if wanted != now:
+                moved = self._move(x, now, wanted, before=node)
+                _replace_operand(node, position, moved)
+        outs = tuple(self.layout.normalised(Placement(view, tuple(kinds))) for kinds in gives)
+        roles.set_role(node, placements=outs, rule=rule)
+
+    def _whole(self, node: fx.Node, inputs: list[fx.Node]) -> Rule:
+        """A rule that splits nothing, for an operator that has none."""
+        bytes_ = 0
+        for x in inputs:
+            p = roles.placement(x)
+            if p and any(isinstance(k, (Shard, Rows)) for k in p.kinds):
+                bytes_ += _bytes(x)
+        if bytes_:
+            self.notes.append(
+                f"{node.target} has no sharding rule, so every rank computes it on whole values: "
+                f"{bytes_:,} bytes gathered per step ({roles.where(node)}). "
+                "Write a rule in moptrace.rules.RULES, or use an operator that has one."
+            )
+        dims = tuple(tuple(f"W{i}D{d}" for d in range(_rank(x))) for i, x in enumerate(inputs))
+        outs = tuple(
+            tuple(f"R{i}D{d}" for d in range(r.dim() if r is not None else 0))
+            for i, r in enumerate(results(node))
+        )
+        return Rule(dims, outs)
+
+    def _weight(self, node: fx.Node) -> int:
+        return 0 if node in self.of_parameters else roles.tensor(node).numel()
+
+    def _view(self, inputs: list[fx.Node]) -> View:
+        """The view in which an operator sees its operands."""
+        views = {p.view for x in inputs if (p := roles.placement(x)) is not None}
+        views.discard(self.layout.home)
+        return views.pop() if views else self.layout.home
+
+    def _in_view(self, node: fx.Node, view: View) -> Placement:
+        placement = roles.placement(node)
+        assert placement is not None, f"{node.format_node()} is not placed"
+        found = placement.expressed_in(view)
+        if found is None:
+            raise PlacementError(f"{roles.where(node)}: {placement} cannot be said in {view}")
+        return found
+
+    # --- changes of placement ---
+
+    def _move(self, x: fx.Node, now: Placement, wanted: Placement, before: fx.Node) -> fx.Node:
+        """Convert one axis after another, in the home view where both ends can be said there."""
+        home_now, home_wanted = self.layout.normalised(now), self.layout.normalised(wanted)
+        if home_now.view == home_wanted.view:
+            now, wanted = home_now, home_wanted
+        for axis in now.view.axes:
+            source, target = now.kind(axis.name), wanted.kind(axis.name)
+            if axis.size == 1 or source == target:
+                continue
+            now = now.with_kind(axis.name, target)
+            key = (x, axis.name, target)
+            if key not in self.moved:
+                self.moved[key] = self._convert(x, axis.name, source, target, now, before)
+            x = self.moved[key]
+        return x
+
+    def _convert(
+        self, x: fx.Node, axis: str, source: Kind, target: Kind, now: Placement, before: fx.Node
+    ) -> fx.Node:
+        with self.graph.inserting_before(before):
+            if isinstance(source, Rows) and isinstance(target, Rows):
+                counts = self.counts[x]
+                args = (x, counts, axis, str(source), str(target))
+                new = self.graph.call_function(route, args)
+            elif _is_fill(x) and isinstance(source, Invariant) and isinstance(target, Shard):
+                new = self.graph.node_copy(x, lambda n: n)  # each rank fills its own part
+                roles.set_role(new, rule=None)
+            else:
+                step = _first_step(source, target, x)
+                if step is not None:
+                    x = self._convert(x, axis, source, step, now.with_kind(axis, step), before)
+                    source = step
+                new = self.graph.call_function(reshard, (x, axis, str(source), str(target)))
+        roles.set_value(new, _value(x))
+        roles.copy_role(new, of=x, placements=(self.layout.normalised(now),), rule=None)
+        if x in self.differentiable:
+            self.differentiable.add(new)
+        if x in self.of_parameters:
+            self.of_parameters.add(new)
+        if x in self.counts:
+            self.counts[new] = self.counts[x]
+        return new
+
+    # --- the end ---
+
+    def outputs(self, program: Program) -> None:
+        """Add up pending sums; keep each rank's own part of what is split."""
+        end = self.graph.output_node()
+        final: list[fx.Node] = []
+        for position, node in enumerate(end.args[0]):  # type: ignore[arg-type]
+            assert isinstance(node, fx.Node)
+            whole = position == program.signature.loss
+            whole |= program.signature.outputs[position].buffer is not None
+            now = roles.placement(node)
+            assert now is not None
+            kinds = tuple(_final(kind, whole) for kind in now.kinds)
+            wanted = Placement(now.view, kinds)
+            final.append(node if wanted == now else self._move(node, now, wanted, end))
+        end.args = (tuple(final),)
+
+
+def _final(kind: Kind, whole: bool) -> Kind:
+    if isinstance(kind, Partial) or (whole and isinstance(kind, Shard)):
+        return INVARIANT
+    return kind
+
+
+def _first_step(source: Kind, target: Kind, x: fx.Node) -> Kind | None:
+    """The kind to pass through where no single collective converts; None where one does."""
+    if conversion(source, target):
+        return None
+    for step in (INVARIANT, PARTIAL):
+        if conversion(source, step) and conversion(step, target):
+            return step
+    kinds = f"{source} to {target}"
+    hint = (
+        "Routed rows can only be combined again" if isinstance(source, Rows) else "No collective"
+    )
+    raise PlacementError(f"{hint}: cannot go from {kinds} at {roles.where(x)}")
+
+
+def _is_fill(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in _FILLS
+
+
+def _value(node: Any) -> Any:
+    return roles.value(node) if isinstance(node, fx.Node) else node
+
+
+def _rank(node: fx.Node) -> int:
+    return roles.tensor(node).dim()
+
+
+def _bytes(node: fx.Node) -> int:
+    value = roles.tensor(node)
+    return value.numel() * value.element_size()
+
+
+def _replace_operand(node: fx.Node, position: int, new: fx.Node) -> None:
+    """Put ``new`` in place of the tensor operand at ``position``, counted as ``operands`` does."""
+    count = -1
+
+    def swap(x: fx.Node) -> fx.Node:
+        nonlocal count
+        if isinstance(_value(x), Tensor):
+            count += 1
+            return new if count == position else x
+        return x
+
+    node.args = fx.node.map_arg(node.args, swap)
+    node.kwargs = fx.node.map_arg(node.kwargs, swap)
+
+

@@ -1,0 +1,127 @@
+"""Choose where parameters, buffers and the batch live, before anything is computed from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from moptrace import roles
+from moptrace.core import Level, Parameter, Pass, Program
+from moptrace.placement import INVARIANT, Kind, Layout, Placement, Shard
+from moptrace.rules import operands, rule_for
+
+__all__ = ["expert_dims", "shard_batch", "shard_parameters", "storage"]
+
+
+def shard_parameters(layout: Layout, edp: str = "shard") -> Pass:
+    """Shard every parameter over all ranks; experts over ``ep`` first.
+
+    An expert weight is split by expert over ``ep``, and over ``edp`` along another dimension
+    (``edp="shard"``) or held alike there (``edp="replicate"``). Every other parameter is split
+    along dimension 0 over all ranks and gathered before use; scalars are held alike.
+
+    Requires: a canonical program. Ensures: every parameter and buffer has a placement.
+    """
+
+    def rewrite(program: Program) -> Program:
+        graph, _ = program.copy_graph()
+        nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+        experts = expert_dims(graph)
+        for parameter in program.signature.parameters:
+            node = nodes[parameter.name]
+            held = storage(parameter, experts.get(parameter.name), layout, edp)
+            roles.set_role(node, placements=(layout.normalised(held),))
+        for buffer in program.signature.buffers:
+            alike = Placement.uniform(layout.home, INVARIANT)
+            roles.set_role(nodes[buffer.name], placements=(alike,))
+        return program.with_graph(graph, layout=layout)
+
+    options = (("layout", str(layout)), ("edp", edp))
+    return Pass("shard_parameters", rewrite, options, takes=(Level.CANONICAL,))
+
+
+def storage(
+    parameter: Parameter, expert_dim: int | None, layout: Layout, edp: str = "shard"
+) -> Placement:
+    """How the ranks hold a parameter between its uses, in the view of the experts."""
+    view, shape = layout.experts, parameter.shape
+    if not shape:
+        return Placement.uniform(view, INVARIANT)
+    if expert_dim is None:
+        return Placement.uniform(view, Shard(0))
+    others = [d for d in range(len(shape)) if d != expert_dim]
+    beside: Kind = INVARIANT
+    if others and edp == "shard":
+        parts = view.axes[0].size
+        beside = Shard(next((d for d in others if shape[d] % parts == 0), others[0]))
+    return Placement(view, (beside, Shard(expert_dim)))
+
+
+def expert_dims(graph: fx.Graph) -> dict[str, int]:
+    """The parameters whose dimension counts experts, by placeholder name, with that dimension.
+
+    Found from the canonical operators backwards: the dimension of a parameter that becomes the
+    experts' dimension of a grouped operator's weight.
+    """
+    found: dict[str, int] = {}
+    ops = torch.ops.moptrace
+    for node in graph.nodes:
+        if node.target not in (ops.grouped_mm.default, ops.expert_rows.default):
+            continue
+        weight = node.args[1] if node.target is ops.grouped_mm.default else node.args[0]
+        origin = _origin(weight, 0)
+        if origin:
+            found[origin[0].name] = origin[1]
+    return found
+
+
+def _origin(node: Any, dim: int) -> tuple[fx.Node, int] | None:
+    """Follow a dimension back to the placeholder that it comes from."""
+    while node.op != "placeholder":
+        rule = rule_for(node) if node.op == "call_function" else None
+        inputs = operands(node)
+        if rule is None or not inputs or len(rule.results) != 1:
+            return None
+        factor = rule.results[0][dim]
+        if factor is None or factor not in rule.operands[0]:
+            return None
+        node, dim = inputs[0], rule.operands[0].index(factor)
+    return node, dim
+
+
+def shard_batch(layout: Layout) -> Pass:
+    """Split dimension 0 of the batch over all ranks: each rank has its own sequences.
+
+    The batch size is dimension 0 of the batch's first tensor with two dimensions or more (else of
+    the first with one); every input with the same dimension 0 is split, the others are held alike
+    (position ids for all sequences, scalars). Requires: that size is divided by the ranks.
+    """
+
+    def rewrite(program: Program) -> Program:
+        graph, _ = program.copy_graph()
+        nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+        size = batch_size([x.shape for x in program.signature.inputs])
+        for entry in program.signature.inputs:
+            split = bool(entry.shape) and entry.shape[0] == size
+            kind: Kind = Shard(0) if split else INVARIANT
+            placement = Placement.uniform(layout.home, kind)
+            roles.set_role(nodes[entry.name], placements=(placement,))
+        return replace(program, graph=graph, layout=layout)
+
+    return Pass("shard_batch", rewrite, (("layout", str(layout)),), takes=(Level.CANONICAL,))
+
+
+def batch_size(shapes: list[tuple[int, ...]]) -> int | None:
+    """The number of sequences in a batch of inputs with these shapes; None without inputs.
+
+    >>> batch_size([(), (1, 128), (4, 128)]), batch_size([(16,)])
+    (1, 16)
+    """
+    for rank in (2, 1):
+        for shape in shapes:
+            if len(shape) >= rank:
+                return shape[0]
+    return None
