@@ -1,1 +1,14 @@
 """Train an unmodified Mixture-of-Experts model on many devices by rewriting its graph."""
+
+from moptrace import errors as errors
+from moptrace.api import parallelize as parallelize
+from moptrace.core import Level as Level
+from moptrace.core import Pass as Pass
+from moptrace.core import Program as Program
+from moptrace.core import chain as chain
+from moptrace.parallel import ParallelModule as ParallelModule
+from moptrace.placement import Layout as Layout
+from moptrace.plan import Plan as Plan
+from moptrace.trace import trace as trace
+
+__version__ = "0.1.0"

@@ -248,7 +248,11 @@ class _Placements:
         placement = roles.placement(node)
         assert placement is not None
         axis = next(
-            (a.name for a, k in zip(placement.view.axes, placement.kinds, strict=True) if k == target),
+            (
+                a.name
+                for a, k in zip(placement.view.axes, placement.kinds, strict=True)
+                if k == target
+            ),
             placement.view.axes[-1].name,
         )
         yield from self._converts(node, axis, source, target)
@@ -290,5 +294,9 @@ class _Placements:
                     continue
                 if kind == PARTIAL:
                     yield node, f"the output is a pending sum along {axis.name}"
-                if whole and not isinstance(kind, Invariant) and not self._same(node, kind, INVARIANT):
+                if (
+                    whole
+                    and not isinstance(kind, Invariant)
+                    and not self._same(node, kind, INVARIANT)
+                ):
                     yield node, f"the output must be invariant along {axis.name}, not {kind}"

@@ -165,7 +165,9 @@ def _sum(parts: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     return [total.clone() for _ in parts]
 
 
-def _sum_and_split(parts: list[Tensor], sizes: Sequence[int], dim: int, length: int) -> list[Tensor]:
+def _sum_and_split(
+    parts: list[Tensor], sizes: Sequence[int], dim: int, length: int
+) -> list[Tensor]:
     return list(torch.stack(parts).sum(0).split(list(sizes), dim))
 
 
@@ -401,19 +403,106 @@ COLLECTIVES: dict[str, Collective] = {
     row.name: row
     for row in (
         # fmt: off
-        Collective("all_gather", _shard, _replicate, "reduce_scatter", _SLICED, _concatenate, _run_gather, _shape_whole),
-        Collective("all_gather_invariant", _shard, _invariant, "take_shard", _SLICED, _concatenate, _run_gather, _shape_whole),
-        Collective("reduce_scatter", _partial, _shard, "all_gather", _SLICED, _sum_and_split, _run_reduce_scatter, _shape_slice),
-        Collective("all_reduce", _partial, _replicate, "all_reduce", _PLAIN, _sum, _run_reduce, _shape_same),
-        Collective("all_reduce_invariant", _partial, _invariant, "vary", _PLAIN, _sum, _run_reduce, _shape_same),
-        Collective("vary", _invariant, _replicate, "all_reduce_invariant", _PLAIN, _nothing, _run_nothing, _shape_same),
-        Collective("take_shard", _invariant, _shard, "all_gather_invariant", _SLICED, _own_slices, _run_take, _shape_slice),
-        Collective("take_replicated", _replicate, _shard, "place_shard", _SLICED, _own_slices, _run_take, _shape_slice),
-        Collective("place_shard", _shard, _partial, "take_replicated", _SLICED, _zeros_elsewhere, _run_place, _shape_whole),
-        Collective("all_to_all", _shard, _shard, "all_to_all", _SWAP, _swap, _run_swap, _shape_swap),
+        Collective(
+            "all_gather",
+            _shard,
+            _replicate,
+            "reduce_scatter",
+            _SLICED,
+            _concatenate,
+            _run_gather,
+            _shape_whole,
+        ),
+        Collective(
+            "all_gather_invariant",
+            _shard,
+            _invariant,
+            "take_shard",
+            _SLICED,
+            _concatenate,
+            _run_gather,
+            _shape_whole,
+        ),
+        Collective(
+            "reduce_scatter",
+            _partial,
+            _shard,
+            "all_gather",
+            _SLICED,
+            _sum_and_split,
+            _run_reduce_scatter,
+            _shape_slice,
+        ),
+        Collective(
+            "all_reduce", _partial, _replicate, "all_reduce", _PLAIN, _sum, _run_reduce, _shape_same
+        ),
+        Collective(
+            "all_reduce_invariant",
+            _partial,
+            _invariant,
+            "vary",
+            _PLAIN,
+            _sum,
+            _run_reduce,
+            _shape_same,
+        ),
+        Collective(
+            "vary",
+            _invariant,
+            _replicate,
+            "all_reduce_invariant",
+            _PLAIN,
+            _nothing,
+            _run_nothing,
+            _shape_same,
+        ),
+        Collective(
+            "take_shard",
+            _invariant,
+            _shard,
+            "all_gather_invariant",
+            _SLICED,
+            _own_slices,
+            _run_take,
+            _shape_slice,
+        ),
+        Collective(
+            "take_replicated",
+            _replicate,
+            _shard,
+            "place_shard",
+            _SLICED,
+            _own_slices,
+            _run_take,
+            _shape_slice,
+        ),
+        Collective(
+            "place_shard",
+            _shard,
+            _partial,
+            "take_replicated",
+            _SLICED,
+            _zeros_elsewhere,
+            _run_place,
+            _shape_whole,
+        ),
+        Collective(
+            "all_to_all", _shard, _shard, "all_to_all", _SWAP, _swap, _run_swap, _shape_swap
+        ),
         Collective("send_rows", _rows, _rows, "return_rows", _ROWS, _send, _run_send, _shape_rows),
-        Collective("return_rows", _rows, _rows, "send_rows", _ROWS, _return, _run_return, _shape_rows),
-        Collective("exchange_counts", None, None, None, _COUNTS, _exchange, _run_exchange_counts, _shape_counts),
+        Collective(
+            "return_rows", _rows, _rows, "send_rows", _ROWS, _return, _run_return, _shape_rows
+        ),
+        Collective(
+            "exchange_counts",
+            None,
+            None,
+            None,
+            _COUNTS,
+            _exchange,
+            _run_exchange_counts,
+            _shape_counts,
+        ),
         # fmt: on
     )
 }

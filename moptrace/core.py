@@ -7,7 +7,6 @@ function from program to program. ``chain`` composes passes into a pass.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -187,12 +186,16 @@ class Program:
         """Add a remark that ``explain`` shows, such as what a fallback costs."""
         return replace(self, notes=(*self.notes, note))
 
-    def module(self) -> fx.GraphModule:
-        """The graph as a callable module that takes its placeholders in order."""
+    def module(self, device: torch.device | str = "cpu") -> fx.GraphModule:
+        """The graph as a callable module on ``device`` that takes its placeholders in order."""
         root = torch.nn.Module()
         for name, constant in self.constants.items():
-            setattr(root, name, constant)
-        return fx.GraphModule(root, copy.copy(self.graph), class_name=f"{self.level}".capitalize())
+            setattr(root, name, constant.to(device))
+        graph, _ = self.copy_graph()
+        for node in graph.nodes:  # programs are traced on the CPU
+            if "device" in node.kwargs:
+                node.update_kwarg("device", torch.device(device))
+        return fx.GraphModule(root, graph, class_name=f"{self.level}".capitalize())
 
     def diff(self, other: Program | None = None) -> str:
         """What changed since ``other``, by default since the program before the last pass."""

@@ -17,7 +17,6 @@ from moptrace.placement import (
     REPLICATE,
     Invariant,
     Kind,
-
     Replicate,
     Rows,
     Shard,
@@ -77,8 +76,7 @@ def infer(rule: Rule, held: Sequence[Held], parts: int) -> Demand:
     if split is not None:
         return Demand(
             tuple(
-                _operand(rule, position, split, dims)
-                for position, dims in enumerate(rule.operands)
+                _operand(rule, position, split, dims) for position, dims in enumerate(rule.operands)
             ),
             tuple(_carried(dims, split) or PARTIAL for dims in rule.results),
         )
@@ -139,5 +137,3 @@ def _unsplit(rule: Rule, held: Sequence[Held]) -> Demand:
     replicated = any(operand.kind == REPLICATE and operand.differentiable for operand in held)
     kind = REPLICATE if replicated else INVARIANT
     return Demand((kind,) * len(held), (kind,) * len(rule.results))
-
-

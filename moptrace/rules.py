@@ -126,7 +126,8 @@ def _broadcast(shape: Sequence[int], result: Sequence[int], dims: Dims) -> Dims:
     """The factors of an operand that broadcasts to ``result``, aligned on the right."""
     offset = len(result) - len(shape)
     return tuple(
-        None if n == 1 and result[i + offset] != 1 else dims[i + offset] for i, n in enumerate(shape)
+        None if n == 1 and result[i + offset] != 1 else dims[i + offset]
+        for i, n in enumerate(shape)
     )
 
 
@@ -199,9 +200,7 @@ def _whole(size: Any) -> int:
     return size if isinstance(size, int) else 1
 
 
-def _groups(
-    before: Sequence[int], after: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
+def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Pair the dimensions of two shapes of one size into the smallest groups of equal product."""
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
@@ -592,7 +591,9 @@ def index_put(node: fx.Node) -> Rule | None:
     values = _shape(xs[-1])
     lead = max(len(values) - len(trailing), 0)
     full = (*(f"I{i}" for i in range(lead)), *trailing)
-    value = tuple(None if n == 1 else f for n, f in zip(values, full[-len(values) :] if values else ()))
+    value = tuple(
+        None if n == 1 else f for n, f in zip(values, full[-len(values) :] if values else ())
+    )
     return Rule((dims, *indices, value), (dims,))
 
 
@@ -664,9 +665,7 @@ def expert_rows(node: fx.Node) -> Rule:
 
 def combine(node: fx.Node) -> Rule:
     rest = _dims("d", len(_shape(operands(node)[0])) - 1)
-    return Rule(
-        (("s|e", *rest), ("s|e",), ("s", "K")), (("s", *rest),), whole=_BY_TOKEN
-    )
+    return Rule((("s|e", *rest), ("s|e",), ("s", "K")), (("s", *rest),), whole=_BY_TOKEN)
 
 
 def constant(node: fx.Node) -> Rule:
@@ -695,7 +694,9 @@ def getitem(node: fx.Node) -> Rule | None:
 
 
 RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
-    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten), view),
+    **dict.fromkeys(
+        (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten), view
+    ),
     **dict.fromkeys((aten.transpose, aten.swapaxes), permute(_transposed)),
     aten.permute: permute(_permuted),
     aten.t: permute(lambda node, rank: list(reversed(range(rank)))),
@@ -725,7 +726,16 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     aten.sum: reduction(summed=True),
     aten.mean: reduction(summed=True, average=True),
     **dict.fromkeys(
-        (aten.amax, aten.amin, aten.any, aten.all, aten.logsumexp, aten.prod, aten.argmax, aten.max),
+        (
+            aten.amax,
+            aten.amin,
+            aten.any,
+            aten.all,
+            aten.logsumexp,
+            aten.prod,
+            aten.argmax,
+            aten.max,
+        ),
         reduction(summed=False),
     ),
     **dict.fromkeys((aten.min, aten.argmin, aten.median), reduction(summed=False)),
@@ -762,15 +772,35 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     aten.embedding: embedding,
     aten.one_hot: one_hot,
     **dict.fromkeys((aten.cross_entropy_loss, aten.nll_loss, aten.nll_loss_nd), loss_per_token),
-    **dict.fromkeys((aten.dropout, aten.native_dropout, aten.feature_dropout), lambda n: _same(n, random=True)),
+    **dict.fromkeys(
+        (aten.dropout, aten.native_dropout, aten.feature_dropout), lambda n: _same(n, random=True)
+    ),
     **dict.fromkeys((aten.bernoulli, aten.multinomial), lambda n: _same(n, random=True)),
     **dict.fromkeys(
-        (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like),
+        (
+            aten.zeros_like,
+            aten.ones_like,
+            aten.full_like,
+            aten.empty_like,
+            aten.rand_like,
+            aten.randn_like,
+        ),
         like,
     ),
     **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty), new_like),
     **dict.fromkeys(
-        (aten.zeros, aten.ones, aten.full, aten.empty, aten.arange, aten.scalar_tensor, aten.eye, aten.rand, aten.randn, aten.linspace),
+        (
+            aten.zeros,
+            aten.ones,
+            aten.full,
+            aten.empty,
+            aten.arange,
+            aten.scalar_tensor,
+            aten.eye,
+            aten.rand,
+            aten.randn,
+            aten.linspace,
+        ),
         constant,
     ),
     operator.getitem: getitem,

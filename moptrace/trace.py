@@ -9,35 +9,59 @@ from and answers what fake tensors cannot.
 from __future__ import annotations
 
 import inspect
+import linecache
+import operator
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from types import FrameType
+from threading import get_ident
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
+import sympy
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    _constrain_range_for_size,
+)
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moptrace import roles
 from moptrace.core import Buffer, Input, Level, Output, Parameter, Program, Signature, erase_dead
 from moptrace.errors import TraceError
 from moptrace.kernels import grouped_mm as _  # noqa: F401  registers torch.ops.moptrace
 
-__all__ = ["Evaluation", "OutputIndex", "evaluate", "rebuild", "trace"]
+__all__ = ["CustomFunction", "Evaluation", "OutputIndex", "evaluate", "rebuild", "trace"]
 
 aten = torch.ops.aten
 
@@ -67,8 +91,16 @@ def trace(
     unless the batch says otherwise.
     """
     args, kwargs = _arguments(batch)
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise TraceError("trace runs outside torch.autocast. Convert the model: model.bfloat16().")
+    call = _Call.of(model, args, kwargs, loss_fn)
     with _untouched(model):
-        return _capture(model, _Call.of(model, args, kwargs, loss_fn), args, kwargs)
+        try:
+            return _capture(model, call, args, kwargs)
+        except TraceError:
+            raise
+        except Exception as error:
+            raise _explained(model, error) from error
 
 
 class Evaluation(NamedTuple):
@@ -193,6 +225,12 @@ class _Call:
             refused &= _named_parameters(loss_fn)
         return _Call(model, loss_fn, positional, frozenset(refused), extra)
 
+    def packed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the batch says where each token stands, as packed sequences must."""
+        own = {k: v for k, v in kwargs.items() if k not in self.for_loss}
+        bound = inspect.signature(self.model.forward).bind_partial(*args[: self.positional], **own)
+        return bound.arguments.get("position_ids") is not None
+
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """The loss, and what the program returns to the user."""
         own = {k: v for k, v in kwargs.items() if k not in self.for_loss}
@@ -226,8 +264,10 @@ def _loss_of(output: Any) -> Tensor:
 def _checked_loss(loss: Any, subject: str) -> Tensor:
     if isinstance(loss, Tensor) and loss.dim() == 0 and loss.is_floating_point():
         return loss
-    got = f"a {loss.dtype} tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else (
-        f"an object of type {type(loss).__name__}"
+    got = (
+        f"a {loss.dtype} tensor of shape {list(loss.shape)}"
+        if isinstance(loss, Tensor)
+        else (f"an object of type {type(loss).__name__}")
     )
     raise TraceError(
         f"no loss: {subject} {got}, but the loss must be a scalar tensor of a floating-point "
@@ -247,20 +287,22 @@ def _capture(
     slots = [*parameters, *buffers]
     leaves, spec = pytree.tree_flatten_with_path((args, kwargs))
     inputs = [(_path_name(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    shapes = _GenericShapes()
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     fakes = [_fake(x, mode) for x in (*(s.tensor for s in slots), *(x for _, x in inputs))]
-    recorder = _Recorder(model)
     results: _Results | None = None
 
     def forward(*flat: Tensor) -> list[Tensor]:
         nonlocal results
-        with FunctionalTensorMode(pre_dispatch=True, export=True), recorder:
+        recorder = _Recorder(model, shapes, call.packed(args, kwargs))
+        with FunctionalTensorMode(pre_dispatch=True, export=True):
             wrapped = [FunctionalTensor.to_functional(t) for t in flat]
             for slot, tensor in zip(slots, wrapped, strict=False):
                 slot.put(tensor)
             rest = iter(wrapped[len(slots) :])
             values = [next(rest) if isinstance(x, Tensor) else x for _, x in leaves]
-            loss, output = call(*pytree.tree_unflatten(values, spec))
+            with recorder.recording():
+                loss, output = call(*pytree.tree_unflatten(values, spec))
             results = _Results.of(loss, output)
             now = [_plain(slot.get()) for slot in slots]
         for slot, before, after in zip(parameters, flat, now, strict=False):
@@ -330,8 +372,10 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _path_name(path: Sequence[Any]) -> str:
     """``input_ids`` for a keyword argument, ``0`` for a positional one, ``0.x`` below that."""
-    keys = (next(v for k in ("key", "idx", "name") if (v := getattr(p, k, None)) is not None)
-            for p in path[1:])
+    keys = (
+        next(v for k in ("key", "idx", "name") if (v := getattr(p, k, None)) is not None)
+        for p in path[1:]
+    )
     return ".".join(map(str, keys))
 
 
@@ -450,34 +494,34 @@ def _constant_or_none(leaf: Any) -> Any:
     return leaf if isinstance(leaf, _CONSTANTS) else None
 
 
-# Where nodes come from
+# Watching the model run
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes the module and source line of every node as it is made."""
+    """Notes the module and source line of every node, and answers what fake tensors cannot."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shapes: _GenericShapes, packed: bool) -> None:
         super().__init__()
+        self.tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
         self.names = {id(m): name for name, m in model.named_modules()}
         self.modules = [""]
-        self.stack = ExitStack()
+        self.last: fx.Node = self.tracer.graph._root.prev
+        self.facts = _Facts(self.tracer.graph)
+        self.packed = packed
+        shapes.facts = self.facts
 
-    def __enter__(self) -> _Recorder:
-        self.graph = get_proxy_mode().tracer.graph
-        self.last = self.graph._root.prev
-        super().__enter__()
-        self.stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
-        self.stack.callback(
-            register_module_forward_hook(self._leave_module, always_call=True).remove
-        )
-        for shim in _SHIMS:
-            self.stack.enter_context(shim(self))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._label()
-        self.stack.close()
-        super().__exit__(*error)
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for shim in _SHIMS:
+                stack.enter_context(shim(self))
+            enter = register_module_forward_pre_hook(self._enter_module)
+            stack.callback(enter.remove)
+            leave = register_module_forward_hook(self._leave_module, always_call=True)
+            stack.callback(leave.remove)
+            with self:
+                yield
+            self.label()
 
     def _enter_module(self, module: nn.Module, _: Any) -> None:
         self.modules.append(self.names.get(id(module), self.modules[-1]))
@@ -488,24 +532,57 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        answer = _ANSWERS.get(func)
+        kwargs = kwargs or {}
         try:
-            result = answer(self, *args, **kwargs or {}) if answer else NotImplemented
-            return func(*args, **kwargs or {}) if result is NotImplemented else result
+            if _Known in types:
+                return _on_known(func, args, kwargs)
+            answer = _ANSWERS.get(func)
+            if answer is not None:
+                result = answer(self, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            elif not torch.is_grad_enabled() and _writes(func):
+                self._check_write(args[0])
+            return func(*args, **kwargs)
         finally:
-            self._label()
+            self.label()
 
-    def _label(self) -> None:
+    def label(self) -> None:
         """Give the nodes made since the last call their module and source line."""
-        newest = self.graph._root.prev
+        newest = self.tracer.graph._root.prev
         if newest is self.last:
             return
-        source = _source(_user_frame(sys._getframe()))
+        frame = _user_frame(sys._getframe())
+        source = roles.Source(frame.f_code.co_filename, frame.f_lineno) if frame else None
         node = newest
         while node is not self.last:
             roles.set_role(node, module=self.modules[-1], source=source)
             node = node.prev
         self.last = newest
+
+    def node(self, tensor: Any) -> fx.Node | None:
+        """The node that computes a tensor of the model."""
+        if not isinstance(tensor, FunctionalTensor):
+            return None
+        entry = get_proxy_slot(_plain(tensor), self.tracer, None)
+        return None if entry is None else entry.proxy.node  # type: ignore[attr-defined]
+
+    def fact(self, tensor: Any) -> _Fact:
+        node = self.node(tensor)
+        return _UNKNOWN if node is None else self.facts[node]
+
+    def _check_write(self, tensor: Any) -> None:
+        node = self.node(tensor)
+        if node is not None and self.facts.needs_gradient(node):
+            raise _Refusal(
+                "a tensor that needs gradients is written to inside torch.no_grad()",
+                "Compute a new tensor instead, or detach() the tensor before.",
+            )
+
+
+def _writes(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.startswith("_"))
 
 
 _LIBRARIES = tuple(os.path.dirname(p) + os.sep for p in (torch.__file__, __file__))
@@ -518,11 +595,421 @@ def _user_frame(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
-def _source(frame: FrameType | None) -> roles.Source | None:
-    return roles.Source(frame.f_code.co_filename, frame.f_lineno) if frame else None
+# What is known of integers without data
+
+
+class _Kind(Enum):
+    UNKNOWN = "it depends on floating-point values"
+    PLAIN = "it does not depend on routing"
+    CHOICE = "experts that were chosen, or positions of tokens"
+    MASK = "for each token, whether an expert was chosen"
+    COUNT = "how many tokens an expert has"
+    POSITION = "where the rows of an expert begin or end"
+    BUSY = "whether an expert has tokens"
+    IDLE = "whether an expert has none"
+
+
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    """The kind of a number or tensor, and which dimension runs over the experts, if one does."""
+
+    kind: _Kind
+    experts: int | None = None
+
+
+_UNKNOWN, _PLAIN, _CHOICE = _Fact(_Kind.UNKNOWN), _Fact(_Kind.PLAIN), _Fact(_Kind.CHOICE)
+_AMOUNTS = (_Kind.COUNT, _Kind.POSITION)
+
+
+class _Facts:
+    """Facts about the nodes of a graph that is being made, found in order and on demand."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.known: dict[fx.Node, _Fact] = {}
+        self.symbols: dict[sympy.Symbol, _Kind] = {}
+        self.differentiable: set[fx.Node] = set()
+        self.enabled = True
+        self.last: fx.Node = graph._root
+
+    def __getitem__(self, node: fx.Node) -> _Fact:
+        self.refresh()
+        return self.known[node]
+
+    def needs_gradient(self, node: fx.Node) -> bool:
+        self.refresh()
+        return node in self.differentiable
+
+    def refresh(self) -> None:
+        while self.last.next is not self.graph._root:
+            self.last = self.last.next
+            self._add(self.last)
+
+    def _add(self, node: fx.Node) -> None:
+        if node.target is torch._C._set_grad_enabled:
+            self.enabled = bool(node.args[0])
+        self.known[node] = fact = _fact(node, self.known)
+        example = roles.value(node)
+        if node.op == "placeholder":
+            if example.requires_grad:
+                self.differentiable.add(node)
+        elif self.enabled and node.target is not aten.detach.default:
+            is_integer = isinstance(example, Tensor) and not example.is_floating_point()
+            if not is_integer and any(n in self.differentiable for n in node.all_input_nodes):
+                self.differentiable.add(node)
+        sizes = example.shape if isinstance(example, Tensor) else (example,)
+        for size in sizes:
+            if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                for symbol in size.node.expr.free_symbols - self.symbols.keys():
+                    self.symbols[symbol] = self._symbol_kind(node, fact)
+
+    def _symbol_kind(self, node: fx.Node, fact: _Fact) -> _Kind:
+        if node.target in (aten.item.default, aten._local_scalar_dense.default):
+            return fact.kind
+        kinds = {self.known[n].kind for n in node.all_input_nodes}
+        routed = kinds & {_Kind.MASK, _Kind.COUNT, _Kind.POSITION, _Kind.CHOICE}
+        return _Kind.COUNT if routed else _Kind.UNKNOWN
+
+
+def _fact(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    if node.op != "call_function":
+        example = roles.value(node)
+        exact = isinstance(example, Tensor) and not example.is_floating_point()
+        return _PLAIN if exact else _UNKNOWN
+    facts = [known[n] for n in node.all_input_nodes]
+    rule = _FACT_RULES.get(node.target)
+    if rule is not None and facts:
+        return rule(node, known)
+    kinds = {f.kind for f in facts}
+    if _Kind.UNKNOWN in kinds:
+        return _UNKNOWN
+    return _PLAIN if kinds <= {_Kind.PLAIN} else _CHOICE
+
+
+_FactRule = Callable[[fx.Node, Mapping[fx.Node, _Fact]], _Fact]
+
+
+def _rank(node: Any) -> int:
+    return roles.tensor(node).dim()
+
+
+def _same(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    return known[node.args[0]]
+
+
+def _selection(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    """Indices of the largest values: a choice, unless only the batch's own integers are sorted."""
+    return _PLAIN if known[node.args[0]].kind is _Kind.PLAIN else _CHOICE
+
+
+def _element(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    parent, index = node.args
+    if parent.target in _SELECTIONS and index == 0:  # the values, not the indices
+        return known[parent.args[0]]
+    return known[parent]
+
+
+def _moved(where: Callable[[fx.Node, int], int | None]) -> _FactRule:
+    """The rule of an operator that only moves or removes dimensions."""
+
+    def rule(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+        fact = known[node.args[0]]
+        if fact.experts is None:
+            return fact
+        return replace(fact, experts=where(node, fact.experts))
+
+    return rule
+
+
+def _permuted(node: fx.Node, dim: int) -> int:
+    rank = _rank(node)
+    return [d % rank for d in node.args[1]].index(dim)
+
+
+def _transposed(node: fx.Node, dim: int) -> int:
+    first, second = (d % _rank(node) for d in node.args[1:3])
+    return {first: second, second: first}.get(dim, dim)
+
+
+def _unsqueezed(node: fx.Node, dim: int) -> int:
+    return dim + (node.args[1] % _rank(node) <= dim)
+
+
+def _without(node: fx.Node, dim: int) -> int | None:
+    removed = (node.args[1] if len(node.args) > 1 else 0) % _rank(node.args[0])
+    return None if removed == dim else dim - (removed < dim)
+
+
+def _viewed(node: fx.Node, dim: int) -> int | None:
+    before, after = roles.tensor(node.args[0]).shape, roles.tensor(node).shape
+    if dim == 0 and after[:1] == before[:1]:
+        return 0
+    if dim == len(before) - 1 and after[-1:] == before[-1:]:
+        return len(after) - 1
+    return None
+
+
+def _reduced(total: _Kind) -> _FactRule:
+    """Sums and any: over all tokens they tell about experts, over fewer still about tokens."""
+
+    def rule(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+        fact = known[node.args[0]]
+        if fact.kind not in (_Kind.MASK, _Kind.COUNT, _Kind.BUSY):
+            return fact if fact.kind in (_Kind.UNKNOWN, _Kind.PLAIN) else _CHOICE
+        rank = _rank(node.args[0])
+        dims = node.args[1] if len(node.args) > 1 else None
+        dims = range(rank) if dims is None else [dims] if isinstance(dims, int) else dims
+        gone = {d % rank for d in dims} if rank else set()
+        keep = len(node.args) > 2 and node.args[2]
+        experts = fact.experts
+        if experts in gone:
+            experts = None
+        elif experts is not None and not keep:
+            experts -= sum(d < experts for d in gone)
+        left = set(range(rank)) - gone - {fact.experts}
+        return _Fact(_Kind.MASK if left and fact.kind is _Kind.MASK else total, experts)
+
+    return rule
+
+
+_POSITIVE = {("gt", 0), ("ge", 1), ("ne", 0)}
+_NEGATIVE = {("eq", 0), ("lt", 1), ("le", 0)}
+
+
+def _compared(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    name = node.target._schema.name.removeprefix("aten::")
+    left, right = node.args[:2]
+    fact = known[left]
+    if isinstance(right, fx.Node):
+        return _compared_tensors(name, node, known)
+    if fact.kind in (_Kind.UNKNOWN, _Kind.PLAIN):
+        return fact
+    if fact.kind is _Kind.CHOICE:
+        return _Fact(_Kind.MASK)
+    positive = (name, right) in _POSITIVE or (
+        fact.kind in (_Kind.BUSY, _Kind.MASK, _Kind.IDLE) and (name, right) == ("eq", 1)
+    )
+    if not positive and (name, right) not in _NEGATIVE:
+        return _CHOICE
+    if fact.kind is _Kind.MASK:
+        return fact if positive else _CHOICE
+    busy = positive != (fact.kind is _Kind.IDLE)
+    return replace(fact, kind=_Kind.BUSY if busy else _Kind.IDLE)
+
+
+def _compared_tensors(name: str, node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    left, right = node.args[:2]
+    kinds = {known[left].kind, known[right].kind}
+    if _Kind.UNKNOWN in kinds:
+        return _UNKNOWN
+    if kinds == {_Kind.PLAIN}:
+        return _PLAIN
+    if _Kind.POSITION in kinds and kinds <= set(_AMOUNTS):  # an expert's first and last row
+        return _Fact(_Kind.BUSY if name in ("ne", "lt", "gt") else _Kind.IDLE)
+    if kinds <= {_Kind.CHOICE, _Kind.PLAIN}:
+        choice, others = (left, right) if known[left].kind is _Kind.CHOICE else (right, left)
+        return _Fact(_Kind.MASK, _only_dim_of(others, choice, _rank(node)))
+    return _CHOICE
+
+
+def _only_dim_of(others: fx.Node, choice: fx.Node, rank: int) -> int | None:
+    """The dimension over which ``others`` (all the experts) varies and ``choice`` does not."""
+    shapes = [(1,) * (rank - _rank(n)) + tuple(roles.tensor(n).shape) for n in (others, choice)]
+    dims = [d for d, (a, b) in enumerate(zip(*shapes, strict=True)) if a != 1 and b == 1]
+    return dims[0] if len(dims) == 1 else None
+
+
+def _one_hot(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    fact = known[node.args[0]]
+    return _Fact(_Kind.MASK, _rank(node) - 1) if fact.kind is _Kind.CHOICE else fact
+
+
+def _scattered(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    """Marks or counts put where the choices point."""
+    kinds = {known[n].kind for n in node.all_input_nodes}
+    if kinds != {_Kind.PLAIN, _Kind.CHOICE} or known[node.args[0]].kind is not _Kind.PLAIN:
+        return _UNKNOWN if _Kind.UNKNOWN in kinds else _PLAIN if kinds == {_Kind.PLAIN} else _CHOICE
+    rank = _rank(node)
+    if rank == 1:
+        return _Fact(_Kind.COUNT, 0)
+    dim = node.args[1]
+    return _Fact(_Kind.MASK, dim % rank) if isinstance(dim, int) else _CHOICE
+
+
+def _counted(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    fact = known[node.args[0]]
+    return _Fact(_Kind.COUNT, 0) if fact.kind is _Kind.CHOICE else fact
+
+
+def _accumulated(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    fact = known[node.args[0]]
+    return replace(fact, kind=_Kind.POSITION) if fact.kind is _Kind.COUNT else _CHOICE
+
+
+def _summed(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    facts = [known[n] for n in node.all_input_nodes]
+    kinds = {f.kind for f in facts}
+    if _Kind.UNKNOWN in kinds:
+        return _UNKNOWN
+    if kinds & set(_AMOUNTS) and kinds <= {*_AMOUNTS, _Kind.PLAIN}:
+        return replace(facts[0], kind=_Kind.POSITION)
+    return _PLAIN if kinds == {_Kind.PLAIN} else _CHOICE
+
+
+def _difference(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    facts = [known[n] for n in node.all_input_nodes]
+    if all(f.kind in _AMOUNTS for f in facts):
+        return replace(facts[0], kind=_Kind.COUNT)
+    return _UNKNOWN if _UNKNOWN in facts else _CHOICE
+
+
+def _conjunction(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    facts = [known[n] for n in node.all_input_nodes]
+    if _Kind.UNKNOWN in {f.kind for f in facts}:
+        return _UNKNOWN
+    masks = [f for f in facts if f.kind is _Kind.MASK]
+    return masks[0] if masks else facts[0] if len({f.kind for f in facts}) == 1 else _CHOICE
+
+
+def _negated(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    fact = known[node.args[0]]
+    swapped = {_Kind.BUSY: _Kind.IDLE, _Kind.IDLE: _Kind.BUSY, _Kind.MASK: _Kind.CHOICE}
+    return replace(fact, kind=swapped.get(fact.kind, fact.kind))
+
+
+def _looked_up(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    """An integer table of the model, read at the batch's integers, chooses experts too."""
+    kinds = {known[n].kind for n in node.all_input_nodes}
+    if _Kind.UNKNOWN in kinds:
+        return _UNKNOWN
+    table = node.args[0]
+    if table.op == "placeholder" or kinds != {_Kind.PLAIN}:
+        return _CHOICE
+    return _PLAIN
+
+
+def _overloads(rules: Mapping[str, _FactRule]) -> dict[Any, _FactRule]:
+    found: dict[Any, _FactRule] = {}
+    for names, rule in rules.items():
+        for name in names.split():
+            packet = getattr(aten, name, None)
+            if packet is not None:
+                found |= {getattr(packet, overload): rule for overload in packet.overloads()}
+    return found
+
+
+_SELECTIONS = _overloads({"topk sort max min kthvalue mode": _selection})
+_FACT_RULES: dict[Any, _FactRule] = {
+    **_SELECTIONS,
+    **_overloads(
+        {
+            "argmax argmin argsort multinomial": _selection,
+            "_to_copy to clone detach alias contiguous lift_fresh lift_fresh_copy slice expand "
+            "item _local_scalar_dense": _same,
+            "permute": _moved(_permuted),
+            "transpose": _moved(_transposed),
+            "unsqueeze": _moved(_unsqueezed),
+            "select unbind": _moved(_without),
+            "view reshape flatten squeeze _unsafe_view": _moved(_viewed),
+            "sum count_nonzero": _reduced(_Kind.COUNT),
+            "any": _reduced(_Kind.BUSY),
+            "eq ne lt le gt ge": _compared,
+            "one_hot": _one_hot,
+            "scatter scatter_add index_add index_put": _scattered,
+            "bincount histc": _counted,
+            "cumsum": _accumulated,
+            "add": _summed,
+            "sub diff": _difference,
+            "mul bitwise_and bitwise_or logical_and logical_or": _conjunction,
+            "bitwise_not logical_not": _negated,
+            "index gather index_select": _looked_up,
+        }
+    ),
+    operator.getitem: _element,
+    operator.add: _summed,
+    operator.sub: _difference,
+}
+
+
+class _GenericShapes(ShapeEnv):
+    """Answers questions about how many tokens an expert has as if it had some.
+
+    Any number of tokens must give the same answer: whether there are none is answered, whether
+    there are more than ten is not. Questions that torch's own operators ask are answered for two
+    tokens or more, and numbers of tokens that differ.
+    """
+
+    facts: _Facts
+
+    def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().evaluate_expr(orig_expr, *args, **kwargs)
+        except GuardOnDataDependentSymNode:
+            answer = self._generic_answer(orig_expr)
+            if answer is None:
+                raise
+            return answer
+
+    def _generic_answer(self, question: sympy.Basic) -> sympy.Basic | None:
+        self.facts.refresh()
+        symbols = sorted(question.free_symbols, key=lambda s: int(s.name[1:]))
+        kinds = [self.facts.symbols.get(s, _Kind.UNKNOWN) for s in symbols]
+        routed = all(k in _AMOUNTS for k in kinds)
+        sized = all(
+            k in _AMOUNTS or s in self.size_like for s, k in zip(symbols, kinds, strict=True)
+        )
+        asked_by_torch = _asked_by_torch()
+        if not (routed or (asked_by_torch and sized)):
+            return None
+        answers = set()
+        for scale in (2, 1009, 1_000_003) if asked_by_torch else (1, 2, 1009):
+            alike = [scale * (i + 1) if k is _Kind.POSITION else scale for i, k in enumerate(kinds)]
+            apart = [scale + 2 * i for i in range(len(kinds))]
+            for sizes in (apart,) if asked_by_torch else (alike, apart):
+                answers.add(question.subs(dict(zip(symbols, sizes, strict=True))))
+        return answers.pop() if len(answers) == 1 else None
+
+
+_SYMBOLIC = tuple(
+    os.path.join(os.path.dirname(torch.__file__), p) for p in ("__init__.py", "fx" + os.sep)
+)
+
+
+def _asked_by_torch() -> bool:
+    """Whether the innermost frame outside symbolic arithmetic is one of torch's."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file != __file__ and not file.startswith(_SYMBOLIC):
+            return file.startswith(_LIBRARIES)
+        frame = frame.f_back
+    return False
 
 
 # What fake tensors cannot answer
+
+
+class _Known(Tensor):
+    """A tensor whose values are known while tracing: the numbers of all the experts."""
+
+
+def _on_known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute with known tensors alone; as arguments of other operators they become numbers."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if not all(isinstance(t, _Known) for t in tensors):
+        args, kwargs = pytree.tree_map_only(_Known, _as_python, (args, kwargs))
+        return func(*args, **kwargs)
+    with _disable_current_modes(), torch._C.DisableTorchFunctionSubclass():
+        args, kwargs = pytree.tree_map_only(_Known, lambda t: t.as_subclass(Tensor), (args, kwargs))
+        result = func(*args, **kwargs)
+        if isinstance(result, Iterator):
+            return iter([x.as_subclass(_Known) for x in result])
+        return pytree.tree_map_only(Tensor, lambda t: t.as_subclass(_Known), result)
+
+
+def _as_python(tensor: Tensor) -> Any:
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        return tensor.as_subclass(Tensor).tolist()
 
 
 def _grouped_mm(
@@ -532,7 +1019,6 @@ def _grouped_mm(
     offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    **renamed: Any,
 ) -> Tensor:
     """torch's grouped product takes no float64, and its fake takes bfloat16 alone."""
     if rows.dim() != 2 or weight.dim() != 3 or offs is None or bias is not None:
@@ -543,12 +1029,161 @@ def _grouped_mm(
     return result if out_dtype is None else result.to(out_dtype)
 
 
-_ANSWERS: dict[Any, Callable[..., Any]] = {torch._grouped_mm: _grouped_mm}
+def _truth(recorder: _Recorder, tensor: Tensor) -> Any:
+    """``if mask.any()``: generically, every expert has tokens."""
+    kind = recorder.fact(tensor).kind
+    if kind in (_Kind.BUSY, _Kind.IDLE, *_AMOUNTS) and tensor.dim() == 0:
+        return kind is not _Kind.IDLE
+    return NotImplemented
+
+
+def _item(recorder: _Recorder, tensor: Tensor) -> Any:
+    """A number of tokens can be the size of a slice."""
+    if recorder.fact(tensor).kind not in _AMOUNTS:
+        return NotImplemented
+    number = tensor.item()
+    if isinstance(number, torch.SymInt):
+        _constrain_range_for_size(number)
+    return number
+
+
+def _tolist(recorder: _Recorder, tensor: Tensor) -> Any:
+    if not isinstance(tensor, FunctionalTensor):
+        return NotImplemented
+    if tensor.dim() == 0:
+        item = _item(recorder, tensor)
+        return tensor.item() if item is NotImplemented else item
+    if not isinstance(tensor.shape[0], int):
+        raise _Refusal(
+            "a list is made of a tensor whose length depends on the data",
+            "Loop over range(num_experts) instead, and use torch.where for each expert's tokens.",
+        )
+    return [_tolist(recorder, x) for x in tensor.unbind(0)]
+
+
+def _sliced(recorder: _Recorder, tensor: Tensor, index: Any) -> Any:
+    """``rows[start:end]`` where start or end is a tensor."""
+    entries = index if isinstance(index, tuple) else (index,)
+    if not any(isinstance(b, Tensor) for e in entries if isinstance(e, slice) for b in _ends(e)):
+        return NotImplemented
+    numbers = tuple(
+        slice(*(_tolist(recorder, b) if isinstance(b, Tensor) else b for b in _ends(e)))
+        if isinstance(e, slice)
+        else e
+        for e in entries
+    )
+    return tensor[numbers if isinstance(index, tuple) else numbers[0]]
+
+
+def _ends(entry: slice) -> tuple[Any, Any, Any]:
+    return entry.start, entry.stop, entry.step
+
+
+def _nonzero(recorder: _Recorder, mask: Tensor, *, as_tuple: bool = False, **rest: Any) -> Any:
+    """The experts that have tokens: generically, all of them."""
+    fact = recorder.fact(mask)
+    if rest or mask.dim() != 1 or fact != _Fact(_Kind.BUSY, 0):
+        return NotImplemented
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        experts = torch.arange(mask.shape[0])
+        return (experts.as_subclass(_Known),) if as_tuple else experts[:, None].as_subclass(_Known)
+
+
+def _where(recorder: _Recorder, mask: Tensor, *values: Any, **named: Any) -> Any:
+    return NotImplemented if values or named else _nonzero(recorder, mask, as_tuple=True)
+
+
+def _data(recorder: _Recorder, tensor: Tensor) -> Tensor:
+    """Before dispatch, ``x.data`` is not seen to cut gradients."""
+    return tensor.detach()
+
+
+def _requires_grad(recorder: _Recorder, tensor: Tensor) -> Any:
+    """Before dispatch, no tensor requires gradients."""
+    node = recorder.node(tensor)
+    return NotImplemented if node is None else recorder.facts.needs_gradient(node)
+
+
+_ANSWERS: dict[Any, Callable[..., Any]] = {
+    torch._grouped_mm: _grouped_mm,
+    Tensor.__bool__: _truth,
+    Tensor.item: _item,
+    Tensor.tolist: _tolist,
+    Tensor.__getitem__: _sliced,
+    Tensor.nonzero: _nonzero,
+    torch.nonzero: _nonzero,
+    torch.argwhere: _nonzero,
+    Tensor.argwhere: _nonzero,
+    torch.where: _where,
+    Tensor.data.__get__: _data,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__: _requires_grad,  # type: ignore[attr-defined]
+}
 if hasattr(torch.nn.functional, "grouped_mm"):
     _ANSWERS[torch.nn.functional.grouped_mm] = _grouped_mm
 
 
-# Changes to other libraries while tracing, each undone afterwards
+# The user's own derivatives
+
+
+@dataclass(frozen=True)
+class CustomFunction:
+    """A call of the user's own ``torch.autograd.Function``, which keeps its own backward."""
+
+    function: type[torch.autograd.Function]
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    @property
+    def __module__(self) -> str:  # type: ignore[override]
+        return self.function.__module__
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)
+
+    def __repr__(self) -> str:
+        return f"CustomFunction({self.function.__name__})"
+
+
+def _record_custom_function(
+    recorder: _Recorder, function: Any, apply: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
+    """Run the function on fake tensors, unseen by the trace, and record the call as one node."""
+    if function is torch.utils.checkpoint.CheckpointFunction:  # (run, preserve_rng_state, *args)
+        return args[0](*args[2:])  # what to recompute is decided later, by a pass
+    tracer = recorder.tracer
+    mode = torch._subclasses.functional_tensor.detect_functional_mode()
+    plain = pytree.tree_map_only(FunctionalTensor, _plain, args)
+    fake_mode = next(t for t in pytree.tree_leaves(plain) if isinstance(t, FakeTensor)).fake_mode
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), fake_mode, torch.no_grad():
+        results = apply(function, *plain)
+    given = {id(t) for t in pytree.tree_leaves(plain) if isinstance(t, Tensor)}
+    if any(id(r) in given for r in pytree.tree_leaves(results) if isinstance(r, Tensor)):
+        raise _Refusal(
+            f"{function.__name__} returns one of its own arguments",
+            "Return a new tensor from its forward, for example with clone().",
+        )
+    proxies = pytree.tree_map(lambda x: _proxy(tracer, x), plain)
+    proxy = tracer.create_proxy("call_function", CustomFunction(function), proxies, {})
+    with disable_proxy_modes_tracing():
+        track_tensor_tree(results, proxy, constant=None, tracer=tracer)
+    recorder.label()
+    return pytree.tree_map_only(Tensor, FunctionalTensor.to_functional, results)
+
+
+def _proxy(tracer: Any, value: Any) -> Any:
+    """What stands for an argument in the graph; objects that no node can hold become constants."""
+    if isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return tracer.unwrap_proxy(value)
+    if value is None or isinstance(value, fx.node.base_types):
+        return value
+    name = tracer.get_fresh_qualname("_custom_argument")
+    setattr(tracer.root, name, value)
+    return tracer.create_proxy("get_attr", name, (), {})
+
+
+# Changes to libraries while tracing, each undone afterwards
 
 
 @contextmanager
@@ -561,20 +1196,154 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _causal_masks(recorder: _Recorder) -> AbstractContextManager[None]:
-    """Hugging Face looks for packed sequences in data, and makes a mask when it cannot look."""
+def _causal_attention(recorder: _Recorder) -> AbstractContextManager[None]:
+    """transformers looks into ``position_ids`` for packed sequences, and makes a mask where it
+    cannot look. Those it makes itself have none, so attention stays causal without a mask."""
     masks = sys.modules.get("transformers.masking_utils")
-    if masks is None or not hasattr(masks, "find_packed_sequence_indices"):
+    if recorder.packed or not hasattr(masks, "find_packed_sequence_indices"):
         return nullcontext()
     return _replaced(masks, "find_packed_sequence_indices", lambda *args, **kwargs: None)
 
 
-_SHIMS = (_causal_masks,)
+def _fake_to_transformers(recorder: _Recorder) -> AbstractContextManager[None]:
+    """transformers looks into masks unless they are fake; functional tensors are fake too."""
+    utils = sys.modules.get("transformers.utils.import_utils")
+    original = getattr(utils, "is_fake_tensor", None)
+    if original is None:
+        return nullcontext()
+    is_fake = lambda x: isinstance(x, FunctionalTensor) or original(x)  # noqa: E731
+    return _replaced(utils, "is_fake_tensor", is_fake)
+
+
+@contextmanager
+def _bincount_size(recorder: _Recorder) -> Iterator[None]:
+    """The fake of ``bincount`` has an unknown size; routed tokens never need more than minlength."""
+    table = fake_impls.op_implementations_dict
+    original = table[aten.bincount.default]
+
+    def bincount(mode: Any, func: Any, x: Tensor, weights: Any = None, minlength: int = 0) -> Any:
+        if not minlength:
+            return original(mode, func, x, weights, minlength)
+        if weights is None:
+            return x.new_empty(minlength, dtype=torch.int64)
+        exact = torch.float32 if weights.dtype == torch.float32 else torch.float64
+        return x.new_empty(minlength, dtype=exact)
+
+    table[aten.bincount.default] = bincount
+    try:
+        yield
+    finally:
+        table[aten.bincount.default] = original
+
+
+@contextmanager
+def _custom_functions(recorder: _Recorder) -> Iterator[None]:
+    """A trace before dispatch would look into custom functions and lose their backward.
+
+    The code of ``Function.apply`` is exchanged, not the attribute: users keep ``f = F.apply``.
+    """
+    method = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+    code = method.__code__
+    original = FunctionType(
+        code, method.__globals__, method.__name__, method.__defaults__, method.__closure__
+    )
+    apply = _exchangeable_apply()
+    assert len(apply.__code__.co_freevars) == len(code.co_freevars)
+    torch.autograd.Function._moptrace = (recorder, original, get_ident())
+    method.__code__ = apply.__code__
+    try:
+        yield
+    finally:
+        method.__code__ = code
+        del torch.autograd.Function._moptrace
+
+
+def _exchangeable_apply() -> Any:
+    class Exchanged:  # gives the function a closure over __class__, as the original has
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            _ = __class__  # type: ignore[name-defined]  # noqa: F821
+            from moptrace.trace import _apply_custom_function
+
+            return _apply_custom_function(cls, args, kwargs)
+
+    return Exchanged.apply
+
+
+def _apply_custom_function(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    recorder, original, thread = torch.autograd.Function._moptrace  # type: ignore[attr-defined]
+    leaves = pytree.tree_leaves((args, kwargs))
+    traced = any(isinstance(x, FunctionalTensor) for x in leaves)
+    if get_ident() != thread or not traced:
+        return original(function, *args, **kwargs)
+    if (
+        kwargs
+        or function.setup_context is not torch.autograd.function._SingleLevelFunction.setup_context
+    ):
+        bound = inspect.signature(function.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        args = bound.args
+    return _record_custom_function(recorder, function, original, args)
+
+
+_SHIMS = (_causal_attention, _fake_to_transformers, _bincount_size, _custom_functions)
+
+
+# Errors
+
+
+class _Refusal(Exception):
+    """Something that cannot be traced: the reason, and what to change."""
+
+    def __init__(self, reason: str, change: str) -> None:
+        super().__init__(reason)
+        self.reason, self.change = reason, change
+
+
+_DATA_DEPENDENT = (
+    GuardOnDataDependentSymNode,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+
+
+def _explained(model: nn.Module, error: Exception) -> TraceError:
+    """The error as the user should see it: their line, the reason, and what to change."""
+    if isinstance(error, _Refusal):
+        reason, change = error.reason, error.change
+    elif isinstance(error, _DATA_DEPENDENT):
+        reason = "Python needs a value that depends on the data, so other data could go another way"
+        change = (
+            "Compute both outcomes and choose with torch.where, or multiply by a mask. Only "
+            "whether an expert has tokens may be asked: idx.numel() == 0, mask.any(), "
+            "counts.tolist() with torch.bincount(experts, minlength=num_experts)."
+        )
+    elif isinstance(error, UnsupportedOperatorException):
+        reason = f"the operator {error.func} has no fake implementation"
+        change = "Register one with torch.library.register_fake."
+    else:
+        reason = f"forward raised {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        change = "Check that the model runs eagerly on this batch."
+    return TraceError(f"cannot trace {type(model).__name__}{_user_line(error)}: {reason}. {change}")
+
+
+def _user_line(error: Exception) -> str:
+    """``at file:line (code)``, the innermost line of the user's that raised the error."""
+    lines = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.startswith(_LIBRARIES)
+    ]
+    if not lines:
+        return ""
+    file, line = lines[-1]
+    return f" at {file}:{line} ({linecache.getline(file, line).strip()})"
 
 
 # Cleaning the graph
 
 _DROPPED = {
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
     aten._assert_tensor_metadata.default,
     aten._assert_async.msg,
     aten._assert_scalar.default,
@@ -608,6 +1377,13 @@ def _cleaned(traced: fx.Graph, wanted: Sequence[str]) -> tuple[fx.Graph, list[st
     for old in traced.nodes:
         if old.target is torch._C._set_grad_enabled:
             enabled = old.args[0]
+        elif old.target is torch.amp.autocast_mode._enter_autocast and old.args[2]:
+            raise TraceError(
+                f"forward turns on autocast: {roles.where(old)}. Convert the model instead, for "
+                f"example with model.bfloat16()."
+            )
+        elif old.target is aten.detach.default and _needs_no_detach(old.args[0]):
+            copies[old] = copies[old.args[0]]
         elif old.target in _ALIASES:
             copies[old] = copies[old.args[0]]
         elif old.op == "placeholder":
@@ -649,6 +1425,10 @@ def _copied(graph: fx.Graph, old: fx.Node, source: fx.Node) -> fx.Node:
         new = graph.call_function(aten.expand.default, (new, list(result.shape)))
         _like(new, old)
     return new
+
+
+def _needs_no_detach(node: fx.Node) -> bool:
+    return node.op == "get_attr" or not _is_differentiable(node)
 
 
 def _is_differentiable(node: fx.Node) -> bool:

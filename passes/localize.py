@@ -54,9 +54,7 @@ def local_shape(
 
     Routed rows, whose number is known only when the program runs, keep their global number.
     """
-    return tuple(
-        _local_size(size, dim, placement, layout) for dim, size in enumerate(shape)
-    )
+    return tuple(_local_size(size, dim, placement, layout) for dim, size in enumerate(shape))
 
 
 def _local_size(size: int, dim: int, placement: Placement, layout: Layout) -> int:
@@ -108,7 +106,9 @@ class _Localizer:
             return _resized(value, local_shape(value.shape, placed[0], self.layout))
         if isinstance(value, (tuple, list)) and len(placed) == len(value):
             return tuple(
-                _resized(v, local_shape(v.shape, p, self.layout)) if isinstance(v, Tensor) and p else v
+                _resized(v, local_shape(v.shape, p, self.layout))
+                if isinstance(v, Tensor) and p
+                else v
                 for v, p in zip(value, placed, strict=True)
             )
         return value

@@ -22,7 +22,6 @@ from moptrace.placement import (
     Layout,
     Partial,
     Placement,
-
     Rows,
     Shard,
     View,
@@ -277,9 +276,7 @@ def _first_step(source: Kind, target: Kind, x: fx.Node) -> Kind | None:
         if conversion(source, step) and conversion(step, target):
             return step
     kinds = f"{source} to {target}"
-    hint = (
-        "Routed rows can only be combined again" if isinstance(source, Rows) else "No collective"
-    )
+    hint = "Routed rows can only be combined again" if isinstance(source, Rows) else "No collective"
     raise PlacementError(f"{hint}: cannot go from {kinds} at {roles.where(x)}")
 
 
@@ -313,5 +310,3 @@ def _replace_operand(node: fx.Node, position: int, new: fx.Node) -> None:
 
     node.args = fx.node.map_arg(node.args, swap)
     node.kwargs = fx.node.map_arg(node.kwargs, swap)
-
-

@@ -1,0 +1,117 @@
+"""How many ranks each component's parallelism takes."""
+
+from __future__ import annotations
+
+
+from dataclasses import dataclass, fields, replace
+
+from moptrace.errors import PlanError
+from moptrace.placement import Layout
+
+__all__ = ["Plan"]
+
+# Names of mesh dimensions, and the sizes of the plan that they set. Data parallel sizes follow.
+_MESH_NAMES = {"tp": "tp", "cp": "cp", "pp": "pp", "ep": "ep", "etp": "etp", "vp": "vp"}
+_DATA_NAMES = ("dp", "dp_replicate", "dp_shard", "fsdp", "edp", "efsdp", "world")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sub-group sizes over the W ranks of the mesh; what is left over is data parallel.
+
+    ``ep``: ranks that share the experts of a layer between them; by default the largest divisor of
+    W that no layer has fewer experts than, preferring one that divides the experts evenly.
+    ``vp``: ranks that share the vocabulary weight; by default all. ``edp``: what the ranks with the
+    same experts do with them, ``"shard"`` (gather before use) or ``"replicate"``.
+    ``tp``, ``cp``, ``pp`` and ``etp`` (tensor, context, pipeline, expert tensor parallel) are 1:
+    larger sizes are refused until their passes exist.
+
+    >>> Plan(ep=2).resolve(world_size=4, experts=[8]).ep
+    2
+    """
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    ep: int | None = None
+    etp: int = 1
+    vp: int | None = None
+    edp: str = "shard"
+
+    def resolve(self, world_size: int, experts: list[int]) -> Plan:
+        """Fill in the defaults for W ranks and layers with these numbers of experts.
+
+        Raises PlanError, with the plans that would fit, where a size does not divide W.
+        """
+        for name in ("tp", "cp", "pp", "etp"):
+            if getattr(self, name) != 1:
+                raise PlanError(
+                    f"{name}={getattr(self, name)} is not available yet; leave {name}=1. "
+                    "Data, expert and sharded-parameter parallelism are."
+                )
+        if self.edp not in ("shard", "replicate"):
+            raise PlanError(f"edp is 'shard' or 'replicate', not {self.edp!r}")
+        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+        for name in ("ep", "vp"):
+            size = getattr(self, name)
+            if size is not None and size not in divisors:
+                fitting = ", ".join(f"Plan({name}={d})" for d in divisors)
+                raise PlanError(
+                    f"{name}={size} does not divide the {world_size} ranks of the mesh. "
+                    f"These would: {fitting}"
+                )
+        if self.vp not in (None, world_size):
+            raise PlanError(
+                f"vp={self.vp}: the vocabulary weight is sharded over all {world_size} ranks so "
+                f"far; write vp={world_size} or leave it out"
+            )
+        ep = self.ep if self.ep is not None else _default_ep(divisors, experts)
+        return replace(self, ep=ep, vp=world_size)
+
+    def layout(self, world_size: int) -> Layout:
+        """The views of the ranks under a resolved plan."""
+        assert self.ep is not None, "resolve the plan first"
+        return Layout.of(world_size, self.ep)
+
+    @classmethod
+    def from_mesh(cls, names: tuple[str, ...] | None, sizes: tuple[int, ...]) -> Plan:
+        """The plan that the names of a mesh's dimensions ask for.
+
+        >>> Plan.from_mesh(("dp_shard", "ep"), (2, 4)).ep
+        4
+        """
+        asked: dict[str, int] = {}
+        for name, size in zip(names or (), sizes, strict=False):
+            if name in _MESH_NAMES:
+                asked[_MESH_NAMES[name]] = size
+            elif name not in _DATA_NAMES:
+                known = ", ".join((*_MESH_NAMES, *_DATA_NAMES))
+                raise PlanError(
+                    f"the mesh has a dimension named {name!r}, which says nothing to moptrace. "
+                    f"Known names: {known}. Or give the mesh no names and pass plan=Plan(...)."
+                )
+        return cls(**asked)  # type: ignore[arg-type]
+
+    def merged(self, mesh: Plan) -> Plan:
+        """This plan with the sizes that the mesh sets; PlanError where they disagree."""
+        changes: dict[str, object] = {}
+        for entry in fields(self):
+            mine, its = getattr(self, entry.name), getattr(mesh, entry.name)
+            if its in (entry.default, mine):
+                continue
+            if mine != entry.default:
+                raise PlanError(
+                    f"the plan says {entry.name}={mine} but the mesh's dimension "
+                    f"{entry.name!r} has size {its}; drop one of them"
+                )
+            changes[entry.name] = its
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _default_ep(divisors: list[int], experts: list[int]) -> int:
+    if not experts:
+        return 1
+    fewest = min(experts)
+    fitting = [d for d in divisors if d <= fewest]
+    even = [d for d in fitting if all(e % d == 0 for e in experts)]
+    return max(even or fitting)
