@@ -7,6 +7,8 @@ The tests hold the operators to these functions in float64.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,10 @@ __all__ = [
     "group_sum",
     "grouped_mm",
     "grouped_outer",
+    "pair_dots",
     "pair_rows",
     "ungroup_rows",
+    "weigh_rows",
 ]
 
 
@@ -27,7 +31,7 @@ def dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tens
     """Each token once for each expert it chose, ordered by expert."""
     order = experts.flatten().argsort(stable=True)
     counts = torch.stack([(experts == e).sum() for e in range(num_experts)] or [order.new_empty(0)])
-    return x[order // max(experts.shape[1], 1)], counts.view(num_experts), order
+    return x[order // experts.shape[1]], counts.view(num_experts), order
 
 
 def pair_rows(values: Tensor, order: Tensor) -> Tensor:
@@ -39,6 +43,18 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """Each token's rows, brought back and summed with its weights."""
     pairs = rows[order.argsort()].unflatten(0, weights.shape)
     return (pairs * weights[(...,) + (None,) * (pairs.dim() - 2)]).sum(1)
+
+
+def weigh_rows(x: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Each token once for each of its pairs, times the pair's weight."""
+    pairs = x.unsqueeze(1) * weights[(...,) + (None,) * (x.dim() - 1)]
+    return pairs.flatten(0, 1)[order]
+
+
+def pair_dots(x: Tensor, rows: Tensor, order: Tensor, choices: int) -> Tensor:
+    """Each token's dot products with its rows."""
+    pairs = rows[order.argsort()].unflatten(0, (x.shape[0], choices))
+    return (x.unsqueeze(1) * pairs).reshape(*pairs.shape[:2], math.prod(x.shape[1:])).sum(2)
 
 
 def group_rows(rows: Tensor, table: Tensor) -> Tensor:
