@@ -61,7 +61,8 @@ class Rule:
         """Whether the factor may be split into ``parts``."""
         if factor in self.whole or factor.isupper():
             return False
-        if not self.summed and not any(factor in dims for dims in self.results):
+        kept = {name for dims in self.results for f in dims if f for name in f.split("|")}
+        if not self.summed and factor not in kept:
             return False
         return self.quantum.get(factor, 0) % parts == 0
 

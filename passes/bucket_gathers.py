@@ -26,7 +26,8 @@ def bucket_gathers(size: int = 64 << 20) -> Pass:
 
     The shards are packed into one buffer, the buffer is gathered, and the whole parameters are
     unpacked where the first of them is needed. Backward, by the transposes, packs the gradients
-    and reduce-scatters them once. A bucket has one axis and one dtype.
+    and reduce-scatters them once. A bucket has one axis and one dtype. Weights of experts, which
+    stay split along ``ep`` after the gather, are large already and keep their own collectives.
 
     Requires: a local program. Ensures: the same values; fewer, larger collectives.
     """
@@ -83,7 +84,17 @@ def _gather(node: fx.Node) -> _Gather | None:
     shard, axis, dim, length = node.args
     assert isinstance(shard, fx.Node) and isinstance(axis, str)
     assert isinstance(dim, int) and isinstance(length, int)
-    return _Gather(node, shard, axis, dim, length) if shard.op == "placeholder" else None
+    if shard.op != "placeholder" or _split_elsewhere(node):
+        return None
+    return _Gather(node, shard, axis, dim, length)
+
+
+def _split_elsewhere(node: fx.Node) -> bool:
+    """Whether ranks along another axis hold other parts, perhaps of another size: experts do."""
+    placement = roles.placement(node)
+    assert placement is not None
+    pairs = zip(placement.view.axes, placement.kinds, strict=True)
+    return any(isinstance(kind, Shard) and axis.size > 1 for axis, kind in pairs)
 
 
 def _merge(graph: fx.Graph, bucket: list[_Gather], layout: Layout) -> None:

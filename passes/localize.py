@@ -188,7 +188,7 @@ class _Localizer:
         assert isinstance(x, fx.Node) and isinstance(counts, fx.Node) and isinstance(axis, str)
         table, own = self._table(counts, axis), self.new[counts]
         experts = roles.tensor(counts).shape[0]
-        arrival = _with_kind(roles.placement(node), axis, Rows("arrival"))
+        arrival = self._with_kind(node, axis, Rows("arrival"))
         if parse_kind(str(source)) == Rows("token"):
             rows = self.new[x]
             sent = self._call(node, ops.send_rows.default, (rows, own, table, axis, experts), None)
@@ -207,10 +207,16 @@ class _Localizer:
             table = self._call(counts, ops.exchange_counts.default, args, None)
             ranks, own = self.layout.size(axis), self.layout.sizes(experts, axis)[0]
             roles.set_value(table, roles.tensor(counts).new_empty(ranks, own))
-            placed = roles.placement(counts)
-            roles.set_role(table, placements=(_with_kind(placed, axis, Shard(1)),))
+            roles.set_role(table, placements=(self._with_kind(counts, axis, Shard(1)),))
             self.tables[key] = table
         return self.tables[key]
+
+    def _with_kind(self, node: fx.Node, axis: str, kind: Kind) -> Placement:
+        """The node's placement with another kind along one axis."""
+        placement = roles.placement(node)
+        said = placement.expressed_in(self.layout.view_of(axis)) if placement else None
+        assert said is not None, f"{node.format_node()} cannot be said in the view of {axis}"
+        return said.with_kind(axis, kind)
 
     def _call(self, node: fx.Node, target: Any, args: tuple[Any, ...], rule: Any) -> fx.Node:
         """A new node that stands for ``node``."""
@@ -222,11 +228,6 @@ class _Localizer:
 
 def _resized(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value if tuple(value.shape) == shape else value.new_empty(shape)
-
-
-def _with_kind(placement: Placement | None, axis: str, kind: Kind) -> Placement:
-    assert placement is not None
-    return placement.with_kind(axis, kind)
 
 
 def _counts_rows(node: fx.Node) -> bool:
