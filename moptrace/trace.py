@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -294,7 +294,9 @@ def _capture(
 
     def forward(*flat: Tensor) -> list[Tensor]:
         nonlocal results
-        recorder = _Recorder(model, shapes, call.packed(args, kwargs))
+        graph = get_proxy_mode().tracer.graph
+        shapes.facts = _Facts(graph, (t.requires_grad for t in fakes))
+        recorder = _Recorder(model, shapes.facts, call.packed(args, kwargs))
         with FunctionalTensorMode(pre_dispatch=True, export=True):
             wrapped = [FunctionalTensor.to_functional(t) for t in flat]
             for slot, tensor in zip(slots, wrapped, strict=False):
@@ -500,15 +502,14 @@ def _constant_or_none(leaf: Any) -> Any:
 class _Recorder(TorchFunctionMode):
     """Notes the module and source line of every node, and answers what fake tensors cannot."""
 
-    def __init__(self, model: nn.Module, shapes: _GenericShapes, packed: bool) -> None:
+    def __init__(self, model: nn.Module, facts: _Facts, packed: bool) -> None:
         super().__init__()
         self.tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
         self.names = {id(m): name for name, m in model.named_modules()}
         self.modules = [""]
         self.last: fx.Node = self.tracer.graph._root.prev
-        self.facts = _Facts(self.tracer.graph)
+        self.facts = facts
         self.packed = packed
-        shapes.facts = self.facts
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -536,14 +537,11 @@ class _Recorder(TorchFunctionMode):
         try:
             if _Known in types:
                 return _on_known(func, args, kwargs)
-            answer = _ANSWERS.get(func)
-            if answer is not None:
-                result = answer(self, *args, **kwargs)
-                if result is not NotImplemented:
-                    return result
-            elif not torch.is_grad_enabled() and _writes(func):
+            if not torch.is_grad_enabled() and _writes(func):
                 self._check_write(args[0])
-            return func(*args, **kwargs)
+            answer = _ANSWERS.get(func)
+            result = answer(self, *args, **kwargs) if answer else NotImplemented
+            return func(*args, **kwargs) if result is NotImplemented else result
         finally:
             self.label()
 
@@ -624,8 +622,9 @@ _AMOUNTS = (_Kind.COUNT, _Kind.POSITION)
 class _Facts:
     """Facts about the nodes of a graph that is being made, found in order and on demand."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, needs_gradient: Iterable[bool]) -> None:
         self.graph = graph
+        self.inputs = iter(needs_gradient)
         self.known: dict[fx.Node, _Fact] = {}
         self.symbols: dict[sympy.Symbol, _Kind] = {}
         self.differentiable: set[fx.Node] = set()
@@ -651,7 +650,7 @@ class _Facts:
         self.known[node] = fact = _fact(node, self.known)
         example = roles.value(node)
         if node.op == "placeholder":
-            if example.requires_grad:
+            if next(self.inputs):
                 self.differentiable.add(node)
         elif self.enabled and node.target is not aten.detach.default:
             is_integer = isinstance(example, Tensor) and not example.is_floating_point()
@@ -776,8 +775,22 @@ _POSITIVE = {("gt", 0), ("ge", 1), ("ne", 0)}
 _NEGATIVE = {("eq", 0), ("lt", 1), ("le", 0)}
 
 
-def _compared(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+_SYNONYMS = {
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+}
+
+
+def _comparison(node: fx.Node) -> str:
     name = node.target._schema.name.removeprefix("aten::")
+    return _SYNONYMS.get(name, name)
+
+
+def _compared(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
+    name = _comparison(node)
     left, right = node.args[:2]
     fact = known[left]
     if isinstance(right, fx.Node):
@@ -913,7 +926,7 @@ _FACT_RULES: dict[Any, _FactRule] = {
             "view reshape flatten squeeze _unsafe_view": _moved(_viewed),
             "sum count_nonzero": _reduced(_Kind.COUNT),
             "any": _reduced(_Kind.BUSY),
-            "eq ne lt le gt ge": _compared,
+            "eq ne lt le gt ge greater greater_equal less less_equal not_equal": _compared,
             "one_hot": _one_hot,
             "scatter scatter_add index_add index_put": _scattered,
             "bincount histc": _counted,
@@ -1029,17 +1042,12 @@ def _grouped_mm(
     return result if out_dtype is None else result.to(out_dtype)
 
 
-def _truth(recorder: _Recorder, tensor: Tensor) -> Any:
-    """``if mask.any()``: generically, every expert has tokens."""
-    kind = recorder.fact(tensor).kind
-    if kind in (_Kind.BUSY, _Kind.IDLE, *_AMOUNTS) and tensor.dim() == 0:
-        return kind is not _Kind.IDLE
-    return NotImplemented
-
-
 def _item(recorder: _Recorder, tensor: Tensor) -> Any:
-    """A number of tokens can be the size of a slice."""
-    if recorder.fact(tensor).kind not in _AMOUNTS:
+    """``if mask.any()``: generically every expert has tokens. Their number may size a slice."""
+    kind = recorder.fact(tensor).kind
+    if kind in (_Kind.BUSY, _Kind.IDLE) and tensor.dim() == 0:
+        return kind is _Kind.BUSY
+    if kind not in _AMOUNTS:
         return NotImplemented
     number = tensor.item()
     if isinstance(number, torch.SymInt):
@@ -1047,36 +1055,35 @@ def _item(recorder: _Recorder, tensor: Tensor) -> Any:
     return number
 
 
-def _tolist(recorder: _Recorder, tensor: Tensor) -> Any:
-    if not isinstance(tensor, FunctionalTensor):
-        return NotImplemented
-    if tensor.dim() == 0:
-        item = _item(recorder, tensor)
-        return tensor.item() if item is NotImplemented else item
-    if not isinstance(tensor.shape[0], int):
-        raise _Refusal(
-            "a list is made of a tensor whose length depends on the data",
-            "Loop over range(num_experts) instead, and use torch.where for each expert's tokens.",
-        )
-    return [_tolist(recorder, x) for x in tensor.unbind(0)]
-
-
 def _sliced(recorder: _Recorder, tensor: Tensor, index: Any) -> Any:
-    """``rows[start:end]`` where start or end is a tensor."""
-    entries = index if isinstance(index, tuple) else (index,)
-    if not any(isinstance(b, Tensor) for e in entries if isinstance(e, slice) for b in _ends(e)):
+    numbers = _numbers(recorder, index)
+    return NotImplemented if numbers is index else tensor[numbers]
+
+
+def _slice_written(recorder: _Recorder, tensor: Tensor, index: Any, values: Any) -> Any:
+    numbers = _numbers(recorder, index)
+    if numbers is index:
         return NotImplemented
-    numbers = tuple(
-        slice(*(_tolist(recorder, b) if isinstance(b, Tensor) else b for b in _ends(e)))
-        if isinstance(e, slice)
-        else e
-        for e in entries
-    )
-    return tensor[numbers if isinstance(index, tuple) else numbers[0]]
+    tensor[numbers] = values
+    return None
 
 
-def _ends(entry: slice) -> tuple[Any, Any, Any]:
-    return entry.start, entry.stop, entry.step
+def _numbers(recorder: _Recorder, index: Any) -> Any:
+    """The index with numbers for the tensors in ``rows[start:end]``."""
+    if isinstance(index, tuple):
+        entries = tuple(_numbers(recorder, entry) for entry in index)
+        return entries if any(a is not b for a, b in zip(entries, index, strict=True)) else index
+    if not isinstance(index, slice):
+        return index
+    ends = (index.start, index.stop, index.step)
+    if not any(isinstance(end, Tensor) for end in ends):
+        return index
+    return slice(*(_number(recorder, end) if isinstance(end, Tensor) else end for end in ends))
+
+
+def _number(recorder: _Recorder, tensor: Tensor) -> Any:
+    number = _item(recorder, tensor)
+    return tensor.item() if number is NotImplemented else number
 
 
 def _nonzero(recorder: _Recorder, mask: Tensor, *, as_tuple: bool = False, **rest: Any) -> Any:
@@ -1093,6 +1100,19 @@ def _where(recorder: _Recorder, mask: Tensor, *values: Any, **named: Any) -> Any
     return NotImplemented if values or named else _nonzero(recorder, mask, as_tuple=True)
 
 
+def _integer(recorder: _Recorder, tensor: Tensor) -> Any:
+    raise _Refusal(
+        "int() and range() take numbers that are known, not traced tensors",
+        "Leave int() out: a number from x.item() or x.tolist() can slice and split tensors.",
+    )
+
+
+def _length(recorder: _Recorder, tensor: Tensor) -> Any:
+    if tensor.dim() and not isinstance(tensor.shape[0], int):
+        raise _Refusal("len() cannot depend on the data", "Write x.shape[0] instead of len(x).")
+    return NotImplemented
+
+
 def _data(recorder: _Recorder, tensor: Tensor) -> Tensor:
     """Before dispatch, ``x.data`` is not seen to cut gradients."""
     return tensor.detach()
@@ -1106,10 +1126,13 @@ def _requires_grad(recorder: _Recorder, tensor: Tensor) -> Any:
 
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch._grouped_mm: _grouped_mm,
-    Tensor.__bool__: _truth,
+    Tensor.__bool__: _item,
+    Tensor.__int__: _integer,
+    Tensor.__index__: _integer,
+    Tensor.__len__: _length,
     Tensor.item: _item,
-    Tensor.tolist: _tolist,
     Tensor.__getitem__: _sliced,
+    Tensor.__setitem__: _slice_written,
     Tensor.nonzero: _nonzero,
     torch.nonzero: _nonzero,
     torch.argwhere: _nonzero,
@@ -1125,22 +1148,22 @@ if hasattr(torch.nn.functional, "grouped_mm"):
 # The user's own derivatives
 
 
-@dataclass(frozen=True)
 class CustomFunction:
     """A call of the user's own ``torch.autograd.Function``, which keeps its own backward."""
 
-    function: type[torch.autograd.Function]
-
-    @property
-    def __name__(self) -> str:
-        return self.function.__name__
-
-    @property
-    def __module__(self) -> str:  # type: ignore[override]
-        return self.function.__module__
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+        self.__name__ = function.__name__
+        self.__module__ = function.__module__
 
     def __call__(self, *args: Any) -> Any:
         return self.function.apply(*args)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CustomFunction) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
 
     def __repr__(self) -> str:
         return f"CustomFunction({self.function.__name__})"
@@ -1382,7 +1405,7 @@ def _cleaned(traced: fx.Graph, wanted: Sequence[str]) -> tuple[fx.Graph, list[st
                 f"forward turns on autocast: {roles.where(old)}. Convert the model instead, for "
                 f"example with model.bfloat16()."
             )
-        elif old.target is aten.detach.default and _needs_no_detach(old.args[0]):
+        elif old.target is aten.detach.default and _needs_no_detach(copies[old.args[0]]):
             copies[old] = copies[old.args[0]]
         elif old.target in _ALIASES:
             copies[old] = copies[old.args[0]]
