@@ -61,7 +61,7 @@ from moptrace.core import Buffer, Input, Level, Output, Parameter, Program, Sign
 from moptrace.errors import TraceError
 from moptrace.kernels import grouped_mm as _  # noqa: F401  registers torch.ops.moptrace
 
-__all__ = ["CustomFunction", "Evaluation", "OutputIndex", "evaluate", "rebuild", "trace"]
+__all__ = ["CustomFunction", "Evaluation", "OutputIndex", "call", "evaluate", "rebuild", "trace"]
 
 aten = torch.ops.aten
 
@@ -101,6 +101,16 @@ def trace(
             raise
         except Exception as error:
             raise _explained(model, error) from error
+
+
+def call(
+    model: nn.Module,
+    batch: Mapping[str, Any] | Sequence[Any] | Tensor,
+    loss_fn: Callable[..., Tensor] | None = None,
+) -> tuple[Tensor, Any]:
+    """Run the model itself, eagerly, as ``trace`` reads it: the loss, and what it returned."""
+    args, kwargs = _arguments(batch)
+    return _Call.of(model, args, kwargs, loss_fn)(args, kwargs)
 
 
 class Evaluation(NamedTuple):
@@ -1176,7 +1186,6 @@ def _record_custom_function(
     if function is torch.utils.checkpoint.CheckpointFunction:  # (run, preserve_rng_state, *args)
         return args[0](*args[2:])  # what to recompute is decided later, by a pass
     tracer = recorder.tracer
-    mode = torch._subclasses.functional_tensor.detect_functional_mode()
     plain = pytree.tree_map_only(FunctionalTensor, _plain, args)
     fake_mode = next(t for t in pytree.tree_leaves(plain) if isinstance(t, FakeTensor)).fake_mode
     with _disable_current_modes(), torch._C.DisableTorchFunction(), fake_mode, torch.no_grad():
