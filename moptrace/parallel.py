@@ -25,7 +25,7 @@ from moptrace.collectives import Communicator
 from moptrace.core import Parameter, Program
 from moptrace.errors import MoptraceError
 from moptrace.passes.default import canonical, sharded
-from moptrace.passes.shard_parameters import batch_size, expert_dims, storage
+from moptrace.passes.shard_parameters import batch_size, expert_counts, expert_dims, storage
 from moptrace.placement import Layout, Placement, Shard
 from moptrace.plan import Plan
 from moptrace.trace import rebuild, trace
@@ -72,7 +72,7 @@ class ParallelModule(nn.Module):
         ranks: list[int] = mesh.mesh.flatten().tolist()
         self._world = len(ranks)
         self._canonical = canonical()(self._capture(batch))
-        self.plan = plan.resolve(self._world, _expert_counts(self._canonical))
+        self.plan = plan.resolve(self._world, expert_counts(self._canonical))
         self.layout = self.plan.layout(self._world)
         self.storage_mesh = _storage_mesh(mesh, self.layout)
         self._communicator = _connect(self.storage_mesh, self.layout, ranks)
@@ -371,16 +371,6 @@ def _global(batch: Mapping[str, Any], world: int) -> dict[str, Any]:
         return torch.empty(shape, dtype=x.dtype, device="meta")
 
     return pytree.tree_map(grown, dict(batch))
-
-
-def _expert_counts(program: Program) -> list[int]:
-    """The number of experts of every grouped weight."""
-    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    shapes = {p.name: p.shape for p in program.signature.parameters}
-    dims = expert_dims(program.graph)
-    return [
-        shapes[name][dim] for name, dim in dims.items() if name in placeholders and name in shapes
-    ]
 
 
 def _storage_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:

@@ -13,7 +13,7 @@ from moptrace.core import Level, Parameter, Pass, Program
 from moptrace.placement import INVARIANT, Kind, Layout, Placement, Shard
 from moptrace.rules import operands, rule_for
 
-__all__ = ["expert_dims", "shard_batch", "shard_parameters", "storage"]
+__all__ = ["expert_counts", "expert_dims", "shard_batch", "shard_parameters", "storage"]
 
 
 def shard_parameters(layout: Layout, edp: str = "shard") -> Pass:
@@ -76,6 +76,12 @@ def expert_dims(graph: fx.Graph) -> dict[str, int]:
         if origin:
             found[origin[0].name] = origin[1]
     return found
+
+
+def expert_counts(program: Program) -> list[int]:
+    """The number of experts of every expert weight of a canonical program."""
+    shapes = {p.name: p.shape for p in program.signature.parameters}
+    return [shapes[name][dim] for name, dim in expert_dims(program.graph).items() if name in shapes]
 
 
 def _origin(node: Any, dim: int) -> tuple[fx.Node, int] | None:
