@@ -1,14 +1,17 @@
 """Compare a program of many ranks with the model it was made from.
 
 For writers of passes too: ``assert_same_function`` runs a local program on simulated ranks and
-compares the loss, the gradient of every parameter and the updated buffers with the unsharded model.
+compares the loss, the gradient of every parameter and the updated buffers with the unsharded model;
+``assert_same_training`` compares every weight after some optimizer steps. ``moe_models``, ``plans``,
+``meshes`` and ``batches`` are Hypothesis strategies, for properties such as "any model, any plan".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +20,35 @@ from moptrace import roles, state
 from moptrace.core import Program
 from moptrace.placement import INVARIANT, Placement, Shard
 from moptrace.simulate import simulate
-from moptrace.trace import evaluate, inputs_of
+from moptrace.strategies import ModelSpec, batches, meshes, model_specs, moe_models, plans
+from moptrace.trace import call, evaluate, inputs_of
 
-__all__ = ["Step", "assert_same_function", "assert_same_step", "eager_step", "simulated_step"]
+__all__ = [
+    "ModelSpec",
+    "SimulatedRanks",
+    "Step",
+    "assert_same_function",
+    "assert_same_step",
+    "assert_same_training",
+    "assert_same_weights",
+    "batches",
+    "eager_step",
+    "eager_training",
+    "meshes",
+    "model_specs",
+    "moe_models",
+    "plans",
+    "simulated_step",
+    "simulated_training",
+    "unsharded_step",
+    "whole_state",
+]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+Batch: TypeAlias = Mapping[str, Any] | Sequence[Any] | Tensor
+LossFunction: TypeAlias = Callable[..., Tensor] | None
+MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -33,23 +60,52 @@ class Step:
     buffers: dict[str, Tensor]
 
 
-def eager_step(model: nn.Module, batch: Mapping[str, Any], loss_fn: Any = None) -> Step:
+# --- the unsharded model --------------------------------------------------------------------------
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of every parameter and buffer under all of their names."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def eager_step(model: nn.Module, batch: Batch, loss_fn: LossFunction = None) -> Step:
     """The step of the user's own model, on one device, through eager autograd.
 
     A parameter that eager autograd leaves without a gradient has a gradient of zeros here, as it
     has in a graph (an expert that no token chose).
     """
     model.zero_grad(set_to_none=True)
-    if loss_fn is not None:
-        from moptrace.trace import call
-
-        loss = call(model, batch, loss_fn)
-    else:
-        output = model(**batch)
-        loss = output if isinstance(output, Tensor) else output[0]
+    loss, _ = call(model, batch, loss_fn)
     loss.backward()
-    gradients = {n: _gradient(p) for n, p in model.named_parameters(remove_duplicate=False)}
-    return Step(loss.detach(), gradients, {n: b.detach() for n, b in model.named_buffers()})
+    named = model.named_parameters(remove_duplicate=False)
+    gradients = {n: _gradient(p) for n, p in named if p.requires_grad}
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers(remove_duplicate=False)}
+    return Step(loss.detach(), gradients, buffers)
+
+
+def eager_training(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizer: MakeOptimizer,
+    loss_fn: LossFunction = None,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The losses and the final weights of a copy of the model after a step on each batch.
+
+    A gradient that eager autograd leaves out is zeros, as in a graph: weight decay and momentum
+    then reach an expert that no token chose.
+    """
+    model = copy.deepcopy(model)
+    update = optimizer(list(model.parameters()))
+    losses: list[Tensor] = []
+    for batch in batches:
+        losses.append(eager_step(model, batch, loss_fn).loss)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = _gradient(parameter)
+        update.step()
+    return losses, whole_state(model)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -57,75 +113,146 @@ def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient.detach().clone()
 
 
-def unsharded_step(program: Program, whole: Mapping[str, Tensor], batch: Any) -> Step:
+def unsharded_step(program: Program, whole: Mapping[str, Tensor], batch: Batch) -> Step:
     """The step of a program of level placed or before, on one device."""
     own = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in whole.items()}
     result = evaluate(program, own, batch)
     result.loss.backward()
-    gradients = {
-        name: _gradient(own[name])
-        for parameter in program.signature.parameters
-        for name in state.user_names(parameter)
-    }
+    gradients: dict[str, Tensor] = {}
+    for parameter in program.signature.parameters:
+        if parameter.requires_grad:
+            for name in state.user_names(parameter):
+                gradients |= dict.fromkeys((name, *parameter.aliases), _gradient(own[name]))
     return Step(result.loss.detach(), gradients, {k: v.detach() for k, v in result.buffers.items()})
 
 
+# --- simulated ranks ------------------------------------------------------------------------------
+
+
+class SimulatedRanks:
+    """All ranks of a local program in one process, each with its own shards.
+
+    ``whole`` has parameters and buffers under the user's names. Every reading of a value that ranks
+    must share raises AssertionError where they disagree.
+    """
+
+    def __init__(self, program: Program, whole: Mapping[str, Tensor], seed: int = 0):
+        assert program.layout is not None
+        self.program, self.signature, self.seed = program, program.signature, seed
+        self.steps = 0
+        view = program.layout.experts
+        self._held: dict[str, Placement] = {}
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                placement = roles.placement(node)
+                said = placement.expressed_in(view) if placement else None
+                assert said is not None, f"%{node.name} is not placed"
+                self._held[node.name] = said
+        wholes = {p.name: state.stack(p, whole) for p in self.signature.parameters}
+        wholes |= {b.name: whole[b.fqn] for b in self.signature.buffers}
+        self.ranks = [self._parts(wholes, rank) for rank in range(program.layout.world_size)]
+        for own in self.ranks:
+            for parameter in self.signature.parameters:
+                own[parameter.name].requires_grad_(parameter.requires_grad)
+
+    def _parts(self, wholes: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+        return {
+            name: state.own_part(whole, self._held[name], rank).detach().clone()
+            for name, whole in wholes.items()
+        }
+
+    def parameters(self, rank: int) -> list[Tensor]:
+        """The shards of one rank, for its optimizer."""
+        return [self.ranks[rank][p.name] for p in self.signature.parameters]
+
+    def step(self, batch: Batch) -> Step:
+        """Forward and backward of every rank on its part of a global batch; buffers are updated."""
+        inputs = dict(
+            zip(
+                [x.name for x in self.signature.inputs],
+                inputs_of(self.signature, batch),
+                strict=True,
+            )
+        )
+        for own in self.ranks:
+            for parameter in self.signature.parameters:
+                own[parameter.name].grad = None
+        arguments = [own | self._parts(inputs, rank) for rank, own in enumerate(self.ranks)]
+        outputs = simulate(self.program, arguments, self.seed, self.steps)
+        self.steps += 1
+        losses = [own[self.signature.loss] for own in outputs]
+        torch.autograd.backward(losses)
+        return Step(
+            _agreed([x.detach() for x in losses], "the loss"),
+            self._gradients(),
+            self._updated(outputs),
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter, whole, under the user's names."""
+        return self._assembled(lambda shard: shard.detach(), trained=False)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return self._assembled(_gradient, trained=True)
+
+    def _assembled(self, of: Callable[[Tensor], Tensor], trained: bool) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for parameter in self.signature.parameters:
+            if trained and not parameter.requires_grad:
+                continue
+            parts = [of(own[parameter.name]) for own in self.ranks]
+            whole = _assemble(parts, self._held[parameter.name], parameter.fqn)
+            pieces = state.unstack(parameter, whole)
+            found |= {name: piece for name, piece in pieces.items() if piece is not None}
+        return found
+
+    def _updated(self, outputs: list[list[Any]]) -> dict[str, Tensor]:
+        names = {b.fqn: b.name for b in self.signature.buffers}
+        updated: dict[str, Tensor] = {}
+        for position, output in enumerate(self.signature.outputs):
+            if output.buffer is not None:
+                values = [own[position].detach() for own in outputs]
+                updated[output.buffer] = _agreed(values, f"the buffer {output.buffer}")
+                for own, value in zip(self.ranks, values, strict=True):
+                    own[names[output.buffer]] = value.clone()
+        return updated
+
+
 def simulated_step(
-    program: Program, whole: Mapping[str, Tensor], batch: Mapping[str, Any], seed: int = 0
+    program: Program, whole: Mapping[str, Tensor], batch: Batch, seed: int = 0
 ) -> Step:
     """The step of a local program on simulated ranks, put together from all of them.
 
     ``whole`` has parameters and buffers under the user's names; ``batch`` is the global batch.
     Raises AssertionError where ranks disagree about a value that they must share.
     """
-    layout, signature = program.layout, program.signature
-    assert layout is not None
-    placed = {n.name: roles.placement(n) for n in program.graph.nodes if n.op == "placeholder"}
-    held = {name: p.expressed_in(layout.experts) for name, p in placed.items() if p is not None}
-    wholes = {p.name: state.stack(p, whole) for p in signature.parameters}
-    wholes |= {b.name: whole[b.fqn] for b in signature.buffers}
-    wholes |= dict(
-        zip([x.name for x in signature.inputs], inputs_of(signature, batch), strict=True)
-    )
-    trained = {p.name for p in signature.parameters if p.requires_grad}
-    arguments: list[dict[str, Tensor]] = []
-    for rank in range(layout.world_size):
-        own = {n: _part(wholes[n], held[n], rank).detach().clone() for n in signature.names}
-        for name in trained:
-            own[name].requires_grad_()
-        arguments.append(own)
-    outputs = simulate(program, arguments, seed)
-    losses = [own[signature.loss] for own in outputs]
-    torch.autograd.backward(losses)
-    gradients: dict[str, Tensor] = {}
-    for parameter in signature.parameters:
-        if parameter.requires_grad:
-            parts = [_gradient(own[parameter.name]) for own in arguments]
-            gradient = _assembled(parts, held[parameter.name], parameter.fqn)
-            gradients.update(
-                {k: v for k, v in state.unstack(parameter, gradient).items() if v is not None}
-            )
-    buffers = {
-        o.buffer: _agreed([own[i].detach() for own in outputs], o.buffer)
-        for i, o in enumerate(signature.outputs)
-        if o.buffer is not None
-    }
-    return Step(_agreed([x.detach() for x in losses], "the loss"), gradients, buffers)
+    return SimulatedRanks(program, whole, seed).step(batch)
 
 
-def _part(whole: Tensor, placement: Placement | None, rank: int) -> Tensor:
-    assert placement is not None
-    return state.own_part(whole, placement, rank)
+def simulated_training(
+    program: Program,
+    whole: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    optimizer: MakeOptimizer,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The losses and the final weights after a step on each batch, each rank with its optimizer."""
+    ranks = SimulatedRanks(program, whole)
+    updates = [optimizer(ranks.parameters(rank)) for rank in range(len(ranks.ranks))]
+    losses: list[Tensor] = []
+    for batch in batches:
+        losses.append(ranks.step(batch).loss)
+        for update in updates:
+            update.step()
+    return losses, ranks.weights()
 
 
-def _assembled(parts: list[Tensor], placement: Placement | None, name: str) -> Tensor:
-    assert placement is not None
+def _assemble(parts: list[Tensor], placement: Placement, name: str) -> Tensor:
     for axis, kind in zip(placement.view.axes, placement.kinds, strict=True):
         if kind == INVARIANT:
             for group in placement.view.groups(axis.name):
-                _agreed([parts[r] for r in group], f"the gradient of {name}")
+                _agreed([parts[r] for r in group], name)
         else:
-            assert isinstance(kind, Shard)
+            assert isinstance(kind, Shard), f"{name} is stored as {kind}"
     return state.assemble(parts, placement)
 
 
@@ -134,6 +261,9 @@ def _agreed(values: list[Tensor], what: str) -> Tensor:
     for rank, value in enumerate(values):
         assert torch.equal(value, values[0]), f"{what} differs between rank 0 and rank {rank}"
     return values[0]
+
+
+# --- comparison -----------------------------------------------------------------------------------
 
 
 def assert_same_step(have: Step, want: Step, tolerance: float | None = None) -> None:
@@ -150,6 +280,22 @@ def assert_same_step(have: Step, want: Step, tolerance: float | None = None) -> 
         faults.append(_difference(f"gradient of {name}", have.gradients[name], gradient, largest))
     for name, buffer in have.buffers.items():
         faults.append(_difference(f"buffer {name}", buffer, want.buffers[name], 0.0))
+    _report(faults, limit)
+
+
+def assert_same_weights(
+    have: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float | None = None
+) -> None:
+    """Compare every tensor of ``have`` with the one of that name; AssertionError names the worst.
+
+    Differences are relative to the largest element of the wanted tensor.
+    """
+    faults = [_difference(name, value, want[name], 0.0) for name, value in have.items()]
+    dtype = next(v.dtype for v in want.values() if v.is_floating_point())
+    _report(faults, tolerance if tolerance is not None else TOLERANCE[dtype])
+
+
+def _report(faults: list[tuple[float, str]], limit: float) -> None:
     wrong = sorted((f for f in faults if not f[0] <= limit), reverse=True)
     shown = "\n".join(f"  {what}: off by {error:.2e} relative" for error, what in wrong[:10])
     assert not wrong, (
@@ -167,10 +313,35 @@ def _difference(what: str, have: Tensor, want: Tensor, largest: float) -> tuple[
 
 
 def assert_same_function(
-    program: Program, model: nn.Module, batch: Mapping[str, Any], tolerance: float | None = None
+    program: Program,
+    model: nn.Module,
+    batch: Batch,
+    tolerance: float | None = None,
+    loss_fn: LossFunction = None,
 ) -> None:
     """Assert that a local program's simulated ranks compute the model's step on a global batch."""
-    whole = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    before = {k: v.detach().clone() for k, v in whole.items()}
-    want = eager_step(model, batch)
-    assert_same_step(simulated_step(program, before, batch), want, tolerance)
+    before = whole_state(model)
+    want = eager_step(model, batch, loss_fn)
+    have = simulated_step(program, before, batch)
+    assert_same_step(have, want, tolerance)
+
+
+def assert_same_training(
+    program: Program,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizer: MakeOptimizer,
+    tolerance: float | None = None,
+) -> None:
+    """Assert the same losses and final weights, from an optimizer step on each batch.
+
+    ``optimizer`` makes the optimizer of one rank's shards, and of the whole parameters:
+
+        assert_same_training(program, model, batches, lambda p: torch.optim.AdamW(p, lr=0.01))
+    """
+    have_losses, have = simulated_training(program, whole_state(model), batches, optimizer)
+    want_losses, want = eager_training(model, batches, optimizer)
+    limit = tolerance if tolerance is not None else TOLERANCE[want_losses[0].dtype]
+    pairs = enumerate(zip(have_losses, want_losses, strict=True), start=1)
+    _report([_difference(f"loss of step {n}", a, b, 0.0) for n, (a, b) in pairs], limit)
+    assert_same_weights(have, want, tolerance)

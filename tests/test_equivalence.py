@@ -1,0 +1,151 @@
+"""Any model, any mesh, any plan: the same function as on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import models
+from _report import record_examples
+from moptrace import Layout, Program, trace
+from moptrace.passes.default import canonical, sharded
+from moptrace.testing import (
+    SimulatedRanks,
+    Step,
+    assert_same_step,
+    assert_same_training,
+    assert_same_weights,
+    batches,
+    eager_step,
+    eager_training,
+    meshes,
+    model_specs,
+    plans,
+    simulated_step,
+    whole_state,
+)
+
+PLANS_PER_MODEL = 6  # a model is traced once and run under several plans
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+
+
+# --- the property ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=-(-settings.default.max_examples // PLANS_PER_MODEL))
+@given(st.data())
+def test_any_model_on_any_mesh_under_any_plan_computes_the_same_step(data: st.DataObject) -> None:
+    spec = data.draw(model_specs(), label="model")
+    size = data.draw(st.sampled_from([6, 8, 12]), label="sequences")
+    traced, fed = (data.draw(batches(spec.vocabulary, size)) for _ in range(2))
+    model = spec.build()
+    program = canonical()(trace(model, traced))
+    before, want = whole_state(model), eager_step(model, fed)
+    _, weights = eager_training(model, [fed], partial(torch.optim.SGD, lr=0.1))
+    for number in range(PLANS_PER_MODEL):
+        ranks = data.draw(meshes(size), label=f"ranks {number}")
+        plan = data.draw(plans(ranks), label=f"plan {number}")
+        local = sharded(plan.layout(ranks), plan.edp)(program)
+        simulated = SimulatedRanks(local, before)
+        assert_same_step(simulated.step(fed), want)
+        for rank in range(ranks):
+            torch.optim.SGD(simulated.parameters(rank), lr=0.1).step()
+        assert_same_weights(simulated.weights(), weights)
+        record_examples()
+
+
+# --- five Hugging Face families and three hand-written models -------------------------------------
+
+HAND_WRITTEN = ("LoopWhere", "OneHotEinsum", "SortSlices")
+NAMES = (*models.FAMILIES, *HAND_WRITTEN)
+LAYOUTS = [(w, ep) for w in (1, 2, 3, 4, 8) for ep in range(1, w + 1) if w % ep == 0]
+SEQUENCES = 24  # a multiple of every number of ranks
+
+
+def uneven_batch(seed: int) -> dict[str, Tensor]:
+    """Most sequences repeat one token, so that routing is uneven; ranks ignore different labels."""
+    batch = models.batch(seed, size=SEQUENCES, length=4)
+    batch["input_ids"][SEQUENCES // 3 :] = 5
+    batch["labels"][: SEQUENCES // 8, 1:] = -100  # of eight ranks, the first has no label at all
+    return batch
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, its canonical program, and its step on a batch that it was not traced with."""
+
+    model: nn.Module
+    program: Program
+    batch: dict[str, Tensor]
+    want: Step
+
+    def local(self, ranks: int, ep: int, edp: str) -> Program:
+        return sharded(Layout.of(ranks, ep), edp)(self.program)
+
+
+@cache
+def subject(name: str, implementation: str = "grouped_mm") -> Subject:
+    """The reference of a Hugging Face model computes its experts in an eager loop."""
+    if name in models.FAMILIES:
+        model = models.build(f"{name}, eager")
+        traced = models.build(f"{name}, {implementation}")
+        traced.load_state_dict(model.state_dict())
+    else:
+        model = traced = models.build(name)
+    program = canonical()(trace(traced, models.batch(seed=7, size=SEQUENCES, length=4)))
+    batch = uneven_batch(seed=1)
+    return Subject(model, program, batch, eager_step(model, batch))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_mesh_and_expert_split_computes_the_same_step(name: str) -> None:
+    it = subject(name)
+    for number, (ranks, ep) in enumerate(LAYOUTS):
+        local = it.local(ranks, ep, ("shard", "replicate")[number % 2])
+        assert_same_step(simulated_step(local, whole_state(it.model), it.batch), it.want)
+        record_examples()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_however_transformers_computes_experts(name: str, implementation: str) -> None:
+    it = subject(name, implementation)
+    have = simulated_step(it.local(4, 2, "shard"), whole_state(it.model), it.batch)
+    assert_same_step(have, it.want)
+    record_examples()
+
+
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "AdamW": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_steps_of_an_optimizer_give_the_same_weights(name: str) -> None:
+    it = subject(name)
+    steps = [uneven_batch(seed) for seed in (1, 2, 3)]
+    for optimizer in OPTIMIZERS.values():
+        for ranks, ep, edp in ((2, 2, "shard"), (4, 2, "replicate"), (3, 3, "shard")):
+            assert_same_training(it.local(ranks, ep, edp), it.model, steps, optimizer)
+            record_examples()
+
+
+def test_an_expert_that_no_token_chose_has_a_gradient_of_zeros() -> None:
+    it = subject("LoopWhere")
+    it.model.zero_grad(set_to_none=True)
+    batch = {**it.batch, "input_ids": torch.full_like(it.batch["input_ids"], 5)}
+    want = eager_step(it.model, batch)
+    unused = [n for n, g in want.gradients.items() if "experts" in n and not g.any()]
+    have = simulated_step(it.local(4, 4, "shard"), whole_state(it.model), batch)
+    assert unused
+    assert all(not have.gradients[name].any() for name in unused)
+    assert_same_step(have, want)
