@@ -8,6 +8,7 @@ program only if none is missing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,10 +51,11 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """A factor to split, and whose rows they are where it is a factor of routed rows."""
+    """A factor to split, in how many blocks, and whose rows they are if it counts routed rows."""
 
     factor: str
     by: str | None = None
+    blocks: int = 1
 
 
 def satisfies(held: Held, need: Kind) -> bool:
@@ -78,7 +80,7 @@ def infer(rule: Rule, held: Sequence[Held], parts: int) -> Demand:
             tuple(
                 _operand(rule, position, split, dims) for position, dims in enumerate(rule.operands)
             ),
-            tuple(_carried(dims, split) or PARTIAL for dims in rule.results),
+            tuple(_carried(rule, dims, split) or PARTIAL for dims in rule.results),
         )
     return _unsplit(rule, held)
 
@@ -87,8 +89,8 @@ def _choose(rule: Rule, held: Sequence[Held], parts: int) -> _Split | None:
     """The factor to split: what costs least to keep; an expert's weight draws its rows."""
     best: tuple[int, _Split] | None = None
     for position, (dims, operand) in enumerate(zip(rule.operands, held, strict=True)):
-        split = _split_of(dims, operand.kind)
-        if split is None or not rule.splittable(split.factor, parts):
+        split = _split_of(rule, dims, operand.kind)
+        if split is None or not rule.splittable(split.factor, parts, split.blocks):
             continue
         if rule.counts is not None and split.factor == "e" and position != rule.counts:
             return split
@@ -97,33 +99,48 @@ def _choose(rule: Rule, held: Sequence[Held], parts: int) -> _Split | None:
     return best[1] if best else None
 
 
-def _split_of(dims: Dims, kind: Kind) -> _Split | None:
+def _split_of(rule: Rule, dims: Dims, kind: Kind) -> _Split | None:
+    """The factor that an operand of this kind has split already."""
     match kind:
-        case Shard(dim):
-            factor = dims[dim]
-            return _Split(factor) if factor else None
+        case Shard(dim, blocks):
+            return _factor_at(rule, dims[dim], blocks)
         case Rows(by):
             if dims and dims[0] == "s|e":
                 return _Split("s" if by == "token" else "e")
-            return _Split(dims[0], by) if dims and dims[0] else None
+            return _Split(dims[0], by) if dims and dims[0] and "." not in dims[0] else None
         case _:
             return None
+
+
+def _factor_at(rule: Rule, dim: str | None, blocks: int) -> _Split | None:
+    """The factor of a merged dimension that is split when each of its blocks is."""
+    before = 1  # the blocks that the slower factors make
+    for factor in (dim or "").split("."):
+        size = rule.quantum.get(factor, 0)
+        if factor and blocks % before == 0 and (not size or blocks // before < size):
+            return _Split(factor, blocks=blocks // before)
+        before *= size
+    return None
 
 
 def _operand(rule: Rule, position: int, split: _Split, dims: Dims) -> Kind:
     if position == rule.counts and split.factor == "s":
         return PARTIAL  # each rank counts its own tokens' pairs; all ranks together have them all
-    return _carried(dims, split) or REPLICATE
+    return _carried(rule, dims, split) or REPLICATE
 
 
-def _carried(dims: Dims, split: _Split) -> Kind | None:
+def _carried(rule: Rule, dims: Dims, split: _Split) -> Kind | None:
     """The kind of an operand or result that carries the split factor; None if it does not."""
     if dims and dims[0] == "s|e" and split.factor in ("s", "e"):
         return Rows("token" if split.factor == "s" else "expert")
-    if split.factor not in dims:
-        return None
-    at = dims.index(split.factor)
-    return Rows(split.by) if split.by and at == 0 else Shard(at)
+    for at, dim in enumerate(dims):
+        factors = (dim or "").split(".")
+        if split.factor in factors:
+            if split.by and at == 0:
+                return Rows(split.by)
+            slower = factors[: factors.index(split.factor)]
+            return Shard(at, split.blocks * math.prod(rule.quantum[f] for f in slower))
+    return None
 
 
 def _unsplit(rule: Rule, held: Sequence[Held]) -> Demand:

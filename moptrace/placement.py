@@ -51,12 +51,18 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The ranks hold consecutive slices of dimension ``dim``."""
+    """The ranks hold consecutive slices of dimension ``dim``, or of each of its ``blocks``.
+
+    With several blocks the dimension is that many equal pieces end to end, each of them split:
+    what becomes of a split dimension when others are merged before it, or when several split
+    tensors are concatenated along it (DTensor calls it a strided shard).
+    """
 
     dim: int
+    blocks: int = 1
 
     def __str__(self) -> str:
-        return f"shard({self.dim})"
+        return f"shard({self.dim})" if self.blocks == 1 else f"shard({self.dim} in {self.blocks})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +133,8 @@ def parse_kind(text: str) -> Kind:
     simple = {"replicate": REPLICATE, "invariant": INVARIANT, "partial": PARTIAL}
     if text in simple:
         return simple[text]
-    if found := re.fullmatch(r"shard\((\d+)\)", text):
-        return Shard(int(found[1]))
+    if found := re.fullmatch(r"shard\((\d+)(?: in (\d+))?\)", text):
+        return Shard(int(found[1]), int(found[2] or 1))
     if found := re.fullmatch(r"rows\(by (token|expert|arrival)\)", text):
         return Rows(found[1])
     raise ValueError(f"{text!r} is not a kind of placement")
@@ -206,7 +212,7 @@ class Placement:
     def axes_of_dim(self, dim: int) -> tuple[Axis, ...]:
         """The axes that split dimension ``dim``, slowest first."""
         pairs = zip(self.view.axes, self.kinds, strict=True)
-        return tuple(axis for axis, kind in pairs if kind == Shard(dim))
+        return tuple(a for a, kind in pairs if isinstance(kind, Shard) and kind.dim == dim)
 
     def expressed_in(self, view: View) -> Placement | None:
         """The same ownership in the words of another view of the ranks, if it has such words.

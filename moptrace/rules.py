@@ -4,7 +4,8 @@ A rule names, for every dimension of every tensor operand and result, the *facto
 dimension carries, as einsum does: ``linear`` is ``"...k, nk -> ...n"``. Splitting a factor over an
 axis splits every dimension that carries it. A factor in upper case must stay whole. A factor that
 no result carries is summed away, so splitting it leaves ``Partial`` results. A dimension of size 1
-that broadcasts carries no factor.
+that broadcasts carries no factor. A dimension that merges several factors names them from the
+slowest to the fastest, ``"b.t"``: splitting ``t`` there splits each of its ``b`` blocks.
 
 ``linear`` says through which operands a pending sum may pass: ``JOINT`` when the operator is linear
 in all operands together (addition), else the set of operand positions in which it is linear while
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from moptrace import roles
 
-__all__ = ["JOINT", "RULES", "Rule", "operands", "results", "rule_for"]
+__all__ = ["JOINT", "RULES", "Rule", "argument", "operands", "results", "rule_for"]
 
 aten = torch.ops.aten
 
@@ -40,8 +42,8 @@ NONLINEAR: frozenset[int] = frozenset()
 class Rule:
     """The factors of one operator call.
 
-    ``whole`` are factors that must not be split; ``quantum`` gives, for a factor whose dimensions
-    merge or split others, the number that the split must divide. ``summed`` says that factors no
+    ``whole`` are factors that must not be split; ``quantum`` gives the sizes of factors that are
+    merged with others, which a split must divide. ``summed`` says that factors no
     result carries are added up (else they must stay whole). ``average`` says that they are
     averaged: the local result must be divided by the number of ranks. ``random`` marks operators
     that draw numbers. ``counts`` is the operand that says how many rows each expert has.
@@ -57,14 +59,14 @@ class Rule:
     counts: int | None = None
     quantum: dict[str, int] = field(default_factory=dict)
 
-    def splittable(self, factor: str, parts: int) -> bool:
-        """Whether the factor may be split into ``parts``."""
+    def splittable(self, factor: str, parts: int, blocks: int = 1) -> bool:
+        """Whether each of the factor's ``blocks`` may be split into ``parts``."""
         if factor in self.whole or factor.isupper():
             return False
-        kept = {name for dims in self.results for f in dims if f for name in f.split("|")}
+        kept = {name for dims in self.results for f in dims if f for name in re.split("[|.]", f)}
         if not self.summed and factor not in kept:
             return False
-        return self.quantum.get(factor, 0) % parts == 0
+        return self.quantum.get(factor, 0) % (parts * blocks) == 0
 
     def __str__(self) -> str:
         sides = (self.operands, self.results)
@@ -104,7 +106,8 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(roles.tensor(node).shape)
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of an operator call, given by position or by name."""
     if name in node.kwargs:
         return node.kwargs[name]
     return node.args[position] if len(node.args) > position else default
@@ -176,55 +179,49 @@ def _floors(node: fx.Node) -> bool:
 
 
 def view(node: fx.Node) -> Rule:
-    """Dimensions merge and split; the leading dimension of each merged group can be split."""
+    """Dimensions merge and split: both shapes are cut into their common factors."""
     before, after = _shape(operands(node)[0]), tuple(roles.tensor(node).shape)
-    ins: list[str | None] = [None] * len(before)
-    outs: list[str | None] = [None] * len(after)
-    quantum: dict[str, int] = {}
-    for number, (left, right) in enumerate(_groups(before, after)):
-        factor = f"g{number}"
-        lead_in = next((d for d in left if before[d] != 1), None)
-        lead_out = next((d for d in right if after[d] != 1), None)
-        for d in left:
-            ins[d] = f"G{number}I{d}"
-        for d in right:
-            outs[d] = f"G{number}O{d}"
-        if lead_in is not None and lead_out is not None:
-            ins[lead_in] = outs[lead_out] = factor
-            if before[lead_in] != after[lead_out]:
-                quantum[factor] = math.gcd(_whole(before[lead_in]), _whole(after[lead_out]))
-    return Rule((tuple(ins),), (tuple(outs),), frozenset({0}), quantum=quantum)
+    sizes: dict[str, int] = {}
+    ins, outs = _common_factors(before, after, sizes)
+    return Rule((ins,), (outs,), frozenset({0}), quantum=sizes)
 
 
-def _whole(size: Any) -> int:
-    """A size as a number; an unknown size divides nothing."""
-    return size if isinstance(size, int) else 1
+def _common_factors(
+    before: Sequence[Any], after: Sequence[Any], sizes: dict[str, int]
+) -> tuple[Dims, Dims]:
+    """Name the factors of two shapes of one size, from the slowest to the fastest dimension.
 
-
-def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Pair the dimensions of two shapes of one size into the smallest groups of equal product."""
-    groups: list[tuple[list[int], list[int]]] = []
+    (6, 4) and (2, 12) have the factors 2, 3, 4: ``"f0.f1", "f2"`` and ``"f0", "f1.f2"``. Where the
+    shapes have no common factors (the rest of 4, 3 and 6, 2 after the 2), the rest stays whole.
+    """
+    sides: tuple[list[list[str]], list[list[str]]] = ([[] for _ in before], [[] for _ in after])
+    left, right = list(before), list(after)
     i = j = 0
-    while i < len(before) or j < len(after):
-        left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
-        a = before[i] if left else 1
-        b = after[j] if right else 1
-        i, j = i + 1, j + 1
-        while not _equal(a, b):
-            if (_less(a, b) and i < len(before)) or j >= len(after):
-                a, left, i = a * before[i], [*left, i], i + 1
-            else:
-                b, right, j = b * after[j], [*right, j], j + 1
-        groups.append((left, right))
-    return groups
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
-
-
-def _less(a: Any, b: Any) -> bool:
-    return not isinstance(a, int) or (isinstance(b, int) and a < b)
+    while i < len(left) and j < len(right):
+        if left[i] == 1 or right[j] == 1:
+            i, j = i + (left[i] == 1), j + (right[j] == 1)
+            continue
+        if not (isinstance(left[i], int) and isinstance(right[j], int)):
+            shared = left[i] if str(left[i]) == str(right[j]) else 1
+        else:
+            shared = math.gcd(left[i], right[j])
+        if shared == 1:
+            break
+        factor = f"f{len(sizes)}"
+        sizes[factor] = shared if isinstance(shared, int) else 0
+        sides[0][i].append(factor)
+        sides[1][j].append(factor)
+        if not isinstance(shared, int):
+            i, j = i + 1, j + 1
+            continue
+        left[i], right[j] = left[i] // shared, right[j] // shared
+        i, j = i + (left[i] == 1), j + (right[j] == 1)
+    for side, start, rest in ((0, i, left), (1, j, right)):
+        for d in range(start, len(rest)):
+            if rest[d] != 1:
+                sides[side][d].append(f"{'IO'[side]}{d}")
+    ins, outs = (tuple(".".join(names) or None for names in side) for side in sides)
+    return ins, outs
 
 
 def permute(order: Callable[[fx.Node, int], Sequence[int]]) -> Callable[[fx.Node], Rule]:
@@ -277,7 +274,7 @@ def along_dim(position: int, default: int = 0, linear: bool = True) -> Callable[
     """The operator mixes positions of one dimension, which stays whole, and no others."""
 
     def rule(node: fx.Node) -> Rule:
-        dim = _argument(node, position, "dim", default)
+        dim = argument(node, position, "dim", default)
         return _same(node, [dim], linear=frozenset({0}) if linear else NONLINEAR)
 
     return rule
@@ -285,15 +282,30 @@ def along_dim(position: int, default: int = 0, linear: bool = True) -> Callable[
 
 def slices(node: fx.Node) -> Rule:
     """A slice of one dimension; a slice of everything is the dimension itself."""
-    dim = _argument(node, 1, "dim", 0)
+    dim = argument(node, 1, "dim", 0)
     everything = _shape(operands(node)[0])[dim] == roles.tensor(node).shape[dim]
     whole = [] if everything else [dim]
     return _same(node, whole, linear=frozenset({0}))
 
 
 def pieces(node: fx.Node) -> Rule:
-    """split and chunk."""
-    return _same(node, [_argument(node, 2, "dim", 0)], linear=frozenset({0}))
+    """split and chunk: equal pieces are the blocks of the dimension."""
+    shape = _shape(operands(node)[0])
+    at = argument(node, 2, "dim", 0) % len(shape)
+    lengths = [r.shape[at] for r in results(node) if r is not None]
+    dims = _dims("d", len(shape))
+    whole, piece, sizes = _blocks(dims, at, lengths)
+    return Rule((whole,), (piece,) * len(lengths), frozenset({0}), quantum=sizes)
+
+
+def _blocks(dims: Dims, at: int, lengths: Sequence[int]) -> tuple[Dims, Dims, dict[str, int]]:
+    """The factors of a dimension and of its pieces end to end; unequal pieces stay whole."""
+    if len(set(lengths)) == 1:
+        factor, count = str(dims[at]), len(lengths)
+        whole = (*dims[:at], f"B.{factor}" if count > 1 else factor, *dims[at + 1 :])
+        return whole, dims, {"B": count, factor: lengths[0]}
+    whole = (*dims[:at], "W", *dims[at + 1 :])
+    return whole, (*dims[:at], "P", *dims[at + 1 :]), {}
 
 
 def select(node: fx.Node) -> Rule:
@@ -306,19 +318,23 @@ def select(node: fx.Node) -> Rule:
 
 def unbind(node: fx.Node) -> Rule:
     dims = _dims("d", len(_shape(operands(node)[0])))
-    at = _argument(node, 1, "dim", 0) % len(dims)
+    at = argument(node, 1, "dim", 0) % len(dims)
     rest = tuple(d for i, d in enumerate(dims) if i != at)
     ins = tuple("X" if i == at else d for i, d in enumerate(dims))
     return Rule((ins,), (rest,) * len(results(node)), frozenset({0}))
 
 
 def cat(node: fx.Node) -> Rule:
-    return _same(node, [_argument(node, 1, "dim", 0)], linear=JOINT)
+    """Equal pieces become the blocks of the dimension."""
+    shapes = [_shape(x) for x in operands(node)]
+    at = argument(node, 1, "dim", 0) % len(shapes[0])
+    whole, piece, sizes = _blocks(_dims("d", len(shapes[0])), at, [s[at] for s in shapes])
+    return Rule((piece,) * len(shapes), (whole,), JOINT, quantum=sizes)
 
 
 def stack(node: fx.Node) -> Rule:
     dims = _dims("d", len(_shape(operands(node)[0])))
-    at = _argument(node, 1, "dim", 0) % (len(dims) + 1)
+    at = argument(node, 1, "dim", 0) % (len(dims) + 1)
     return Rule((dims,) * len(operands(node)), ((*dims[:at], "X", *dims[at:]),), JOINT)
 
 
@@ -333,7 +349,7 @@ def pad(node: fx.Node) -> Rule:
 
 
 def roll(node: fx.Node) -> Rule:
-    dims = _argument(node, 2, "dims", ())
+    dims = argument(node, 2, "dims", ())
     dims = [dims] if isinstance(dims, int) else list(dims)
     rank = len(_shape(operands(node)[0]))
     return _same(node, dims or range(rank), linear=frozenset({0}))
@@ -354,7 +370,7 @@ def repeat(node: fx.Node) -> Rule:
 
 
 def repeat_interleave(node: fx.Node) -> Rule:
-    dim = _argument(node, 2, "dim")
+    dim = argument(node, 2, "dim")
     if dim is None or len(operands(node)) > 1:
         shape = _shape(operands(node)[0])
         return Rule(
@@ -366,12 +382,12 @@ def repeat_interleave(node: fx.Node) -> Rule:
 
 def overwrite(node: fx.Node) -> Rule:
     """slice_scatter: part of one dimension is replaced."""
-    return _same(node, [_argument(node, 2, "dim", 0)], linear=JOINT)
+    return _same(node, [argument(node, 2, "dim", 0)], linear=JOINT)
 
 
 def select_overwrite(node: fx.Node) -> Rule:
     dims = _dims("d", len(_shape(operands(node)[0])))
-    at = _argument(node, 2, "dim", 0) % len(dims)
+    at = argument(node, 2, "dim", 0) % len(dims)
     outs = tuple("X" if i == at else d for i, d in enumerate(dims))
     return Rule((outs, tuple(d for d in outs if d != "X")), (outs,), JOINT)
 
@@ -386,7 +402,7 @@ def triangle(node: fx.Node) -> Rule:
 
 def _reduced(node: fx.Node, position: int) -> set[int]:
     rank = len(_shape(operands(node)[0]))
-    dims = _argument(node, position, "dim")
+    dims = argument(node, position, "dim")
     if dims is None or dims == []:
         return set(range(rank))
     dims = [dims] if isinstance(dims, int) else dims
@@ -400,7 +416,7 @@ def reduction(
 
     def rule(node: fx.Node) -> Rule:
         gone = _reduced(node, dim_at)
-        keep = bool(_argument(node, keep_at, "keepdim", False))
+        keep = bool(argument(node, keep_at, "keepdim", False))
         ins = tuple(
             f"{'r' if summed else 'R'}{i}" if i in gone else f"d{i}"
             for i in range(len(_shape(operands(node)[0])))
@@ -517,12 +533,12 @@ def trailing_norm(node: fx.Node) -> Rule:
 
 
 def topk(node: fx.Node) -> Rule:
-    dim = _argument(node, 2, "dim", -1)
+    dim = argument(node, 2, "dim", -1)
     return _same(node, [dim])
 
 
 def sort(node: fx.Node) -> Rule:
-    return _same(node, [_argument(node, 1, "dim", -1)])
+    return _same(node, [argument(node, 1, "dim", -1)])
 
 
 def gather(node: fx.Node) -> Rule:
@@ -619,7 +635,7 @@ def one_hot(node: fx.Node) -> Rule:
 def loss_per_token(node: fx.Node) -> Rule | None:
     """cross_entropy_loss and nll_loss without a mean over tokens (normalize_losses sees to it)."""
     xs = operands(node)
-    reduce = _argument(node, 3, "reduction", 1)
+    reduce = argument(node, 3, "reduction", 1)
     logits = _shape(xs[0])
     if len(logits) < 2 or reduce == 1:
         return None

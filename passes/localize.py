@@ -22,7 +22,7 @@ from moptrace.placement import (
 )
 from moptrace.random import draw
 from moptrace.reshard import reshard, route
-from moptrace.rules import Rule
+from moptrace.rules import Rule, argument
 
 __all__ = ["local_shape", "localize"]
 
@@ -124,7 +124,12 @@ class _Localizer:
         return new
 
     def _shrink_sizes(self, node: fx.Node, new: fx.Node) -> None:
-        at = _SIZE_ARGUMENT.get(getattr(node.target, "overloadpacket", None))
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in (aten.split, aten.split_with_sizes):
+            dim = argument(node, 2, "dim", 0)
+            lengths = [piece.shape[dim] for piece in roles.value(new)]
+            new.update_arg(1, lengths[0] if packet is aten.split else lengths)
+        at = _SIZE_ARGUMENT.get(packet)
         placement = roles.placement(node)
         if at is None or placement is None:
             return
@@ -180,8 +185,42 @@ class _Localizer:
             return self._call(node, aten.sum.dim_IntList, (table, [0]), None)
         name = conversion(before, after)
         assert name is not None, f"no collective from {source} to {target}"
+        split = next((k for k in (before, after) if isinstance(k, Shard) and k.blocks > 1), None)
+        if split is not None:
+            return self._blocked(node, name, axis, split)
         arguments = _arguments(name, before, after, axis, tuple(roles.tensor(x).shape))
         return self._call(node, COLLECTIVES[name].op, (self.new[x], *arguments), None)
+
+    def _blocked(self, node: fx.Node, name: str, axis: str, split: Shard) -> fx.Node:
+        """A collective over each block of a dimension: its blocks become a dimension of their own."""
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        dim, blocks = split.dim, split.blocks
+        shape = list(roles.tensor(x).shape)
+        length = shape[dim] // blocks
+        rule = _blocks_apart(len(shape), dim, blocks, length)
+        apart = [*shape[:dim], blocks, length, *shape[dim + 1 :]]
+        value = roles.tensor(x).new_empty(apart)
+
+        def described(new: fx.Node, of: fx.Node) -> fx.Node:
+            placement = roles.placement(of)
+            assert placement is not None
+            kinds = tuple(
+                Shard(dim + 1) if k == split else Shard(k.dim + (k.dim > dim)) if isinstance(k, Shard) else k
+                for k in placement.kinds
+            )
+            shown = Placement(placement.view, kinds)
+            roles.set_role(new, placements=(shown,))
+            roles.set_value(new, _resized(value, local_shape(value.shape, shown, self.layout)))
+            return new
+
+        sizes = [*self._local_value(x).shape]
+        sizes[dim : dim + 1] = [blocks, sizes[dim] // blocks]
+        opened = described(self._call(x, aten.view.default, (self.new[x], sizes), rule), x)
+        row = COLLECTIVES[name].op
+        moved = described(self._call(node, row, (opened, axis, dim + 1, length), None), node)
+        joined = list(self._local_value(node).shape)
+        return self._call(node, aten.reshape.default, (moved, joined), _reversed(rule))
 
     def _route(self, node: fx.Node) -> fx.Node:
         x, counts, axis, source, _ = node.args
@@ -234,6 +273,19 @@ def _counts_rows(node: fx.Node) -> bool:
     """Whether a node is the counts that dispatch gives."""
     source = node.args[0] if node.args else None
     return isinstance(source, fx.Node) and source.target is ops.dispatch.default
+
+
+def _blocks_apart(rank: int, dim: int, blocks: int, length: int) -> Rule:
+    """The view that makes the blocks of a dimension a dimension of their own."""
+    dims = [f"d{i}" for i in range(rank)]
+    apart = (*dims[:dim], "B", dims[dim], *dims[dim + 1 :])
+    joined = (*dims[:dim], f"B.{dims[dim]}", *dims[dim + 1 :])
+    sizes = {"B": blocks, dims[dim]: length}
+    return Rule((joined,), (apart,), frozenset({0}), quantum=sizes)
+
+
+def _reversed(rule: Rule) -> Rule:
+    return Rule(rule.results, rule.operands, rule.linear, quantum=rule.quantum)
 
 
 def _divided(rule: Rule) -> Rule:

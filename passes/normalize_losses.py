@@ -9,6 +9,7 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
+from moptrace.rules import argument
 
 __all__ = ["normalize_losses"]
 
@@ -29,7 +30,7 @@ def normalize_losses() -> Pass:
     def rewrite(program: Program) -> Program:
         graph, _ = program.copy_graph()
         for node in list(graph.nodes):
-            if node.target in _LOSSES and _argument(node, 3, "reduction", 1) == 1:
+            if node.target in _LOSSES and argument(node, 3, "reduction", 1) == 1:
                 _split(graph, node)
         return program.with_graph(graph)
 
@@ -51,10 +52,10 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
         roles.copy_role(new, of=node)
         return new
 
-    weight = _argument(node, 2, "weight", None)
-    ignored = _argument(node, 4, "ignore_index", -100)
+    weight = argument(node, 2, "weight", None)
+    ignored = argument(node, 4, "ignore_index", -100)
     with graph.inserting_before(node):
-        more = {"label_smoothing": s} if (s := _argument(node, 5, "label_smoothing", 0.0)) else {}
+        more = {"label_smoothing": s} if (s := argument(node, 5, "label_smoothing", 0.0)) else {}
         total = call(node.target, logits, target, weight, _SUM, ignored, **more)
         scores = roles.tensor(logits)
         if roles.tensor(target).is_floating_point():
@@ -72,9 +73,3 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
         mean = call(aten.div.Tensor, total, count)
     node.replace_all_uses_with(mean)
     graph.erase_node(node)
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    if name in node.kwargs:
-        return node.kwargs[name]
-    return node.args[position] if len(node.args) > position else default

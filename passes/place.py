@@ -270,7 +270,9 @@ def _final(kind: Kind, whole: bool) -> Kind:
 
 def _first_step(source: Kind, target: Kind, x: fx.Node) -> Kind | None:
     """The kind to pass through where no single collective converts; None where one does."""
-    if conversion(source, target):
+    moves = isinstance(source, Shard) and isinstance(target, Shard)
+    simple = not moves or (source.dim != target.dim and source.blocks == target.blocks == 1)
+    if simple and conversion(source, target):
         return None
     for step in (INVARIANT, PARTIAL):
         if conversion(source, step) and conversion(step, target):
