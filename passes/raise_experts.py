@@ -224,10 +224,12 @@ class _Raiser:
     def reshape(self, node: fx.Node, sizes: Sequence[int]) -> fx.Node:
         if shape(node) == tuple(sizes):
             return node
-        before = node.args[0] if packet(node) in RESHAPES else None
-        if isinstance(before, fx.Node) and shape(before) == tuple(sizes):
-            return before
-        result = self.emit(aten.reshape.default, node, list(sizes))
+        before = node
+        while packet(before) in RESHAPES and isinstance(before.args[0], fx.Node):
+            before = before.args[0]
+            if shape(before) == tuple(sizes):
+                return before
+        result = self.emit(aten.reshape.default, before, list(sizes))
         if node in self.pair_values and math.prod(sizes[1:]) == 1:
             self.pair_values[result] = self.pair_values[node]
         return result
@@ -392,6 +394,9 @@ class _Raiser:
             return _Form("experts", self._experts_first(node, dims))
         if found == {"token"} and carried(dims) == set(routing.tokens):
             features = _features(node, dims)
+            below = _operand_dims(node, dims) if packet(node) in RESHAPES else None
+            if below is not None:
+                return self._moved((node,), dims, self.lower((tensors(node)[0],), below[0]))
             if math.prod(features) > 1:
                 return _Form("rows", self.tokens(node, dims))
             pairs = self._tokens_first(node, dims)
@@ -423,6 +428,8 @@ class _Raiser:
 
     def _peeled(self, node: fx.Node, dims: Dims) -> _Form | None:
         """Tokens that were repeated for each slot are tokens."""
+        if packet(node) in (aten.index, aten.index_select) and self.domains.maps(node):
+            return self._gather((node,), dims)
         below = _operand_dims(node, dims)
         if below is None or len(tensors(node)) != 1 or math.prod(_features(node, dims)) == 1:
             return None
@@ -607,14 +614,15 @@ class _Raiser:
         elif packet(node) is aten.clone:
             value = form.value
         elif packet(node) in (aten.expand, aten.repeat):
-            wanted = [shape(value)[0], *_features(node, dims)]
-            missing = len(wanted) - len(shape(value))
-            value = self.reshape(value, [shape(value)[0], *[1] * missing, *shape(value)[1:]])
+            below = _operand_dims(node, dims)
+            assert below is not None
+            fitted = self._fitted(form, source, below[0], dims)
+            assert fitted is not None
+            value, wanted = fitted, [shape(value)[0], *_features(node, dims)]
             if list(shape(value)) != wanted:
                 value = self.emit(aten.expand.default, value, wanted)
         else:
             value = self.reshape(value, [shape(value)[0], *_features(node, dims)])
-        del source
         return _Form(form.kind, value)
 
     def _along(self, nodes: Nodes, dims: Dims) -> _Form:
@@ -851,9 +859,11 @@ class _Raiser:
     def _gather(self, nodes: Nodes, dims: Dims) -> _Form:
         """A gather by routing is an evaluation of its source at the pairs."""
         node = nodes[0]
-        source: Any = node.args[1] if packet(node) is aten.embedding else node.args[0]
         source = node.args[0]
-        first, maps = self.domains.maps(node)
+        found = self.domains.maps(node)
+        if found is None:
+            raise self._lost(node)
+        first, maps = found
         width = len(maps[0].dims)
         change = unified(maps[0].dims, dims[first : first + width])
         if change is None:

@@ -423,6 +423,11 @@ def contraction(node: fx.Node) -> Contraction | None:
 # ---- The interpretation --------------------------------------------------------------------------
 
 
+_PRODUCTS = {
+    aten.linear, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.matmul, aten.einsum, aten.one_hot,
+}  # fmt: skip
+
+
 @dataclass
 class Domains:
     """The meaning of every node of a graph, and where code that selects experts was not understood.
@@ -452,6 +457,10 @@ class Domains:
         # The table of operators has all that can start a meaning: nothing comes from nothing.
         if not any(n in self.meaning for n in node.all_input_nodes):
             return None
+        if packet(node) not in _PRODUCTS and any(
+            isinstance(self.meaning.get(n), Position) for n in node.all_input_nodes
+        ):
+            return Position()
         if packet(node) in RESHAPES:
             return reshape_rule(self, node)
         if is_pointwise(node):
@@ -472,17 +481,14 @@ class Domains:
                 self.refusals[node] = reason
                 return
 
-    def maps(self, node: fx.Node) -> tuple[int, list[Index]]:
-        """The first indexed dimension and the index maps of a gather that has a meaning."""
+    def maps(self, node: fx.Node) -> tuple[int, list[Index]] | None:
+        """The first indexed dimension and the index maps of a gather, None if it has no meaning."""
         if packet(node) is aten.index:
-            found = _indices(self, node)
-            assert found is not None
-            return found
+            return _indices(self, node)
         at = 2 if packet(node) is aten.index_select else 1
         first = int(node.args[1]) if at == 2 else 0  # type: ignore[arg-type]
         index = self.index(node.args[at])
-        assert index is not None
-        return first % len(shape(node.args[0])), [index]  # type: ignore[arg-type]
+        return index and (first % len(shape(node.args[0])), [index])  # type: ignore[arg-type]
 
     def rows(self, node: Any) -> Rows | None:
         meaning = self.meaning.get(node) if isinstance(node, fx.Node) else None
@@ -1231,8 +1237,6 @@ def pointwise_rule(domains: Domains, node: fx.Node) -> Meaning:
     found = [domains.meaning.get(x) for x in operands]
     if packet(node) in _CASTS and not isinstance(found[0], Rows):
         return found[0]
-    if any(isinstance(m, Position) for m in found):
-        return Position()
     rows = [m for m in found if isinstance(m, Rows) and not m.done]
     if not rows:
         return None
@@ -1360,7 +1364,7 @@ def along_rule(domains: Domains, node: fx.Node, along: Along) -> Meaning:
     meanings = [domains.rows(x) for x in operands]
     first = next((m for m in meanings if m is not None), None)
     if first is None:
-        return Position() if any(isinstance(domains.meaning.get(x), Position) for x in operands) else None
+        return None
     joint = [()] * len(first.dims)
     for m in meanings:
         for d, space in enumerate(m.dims if m else ()):
