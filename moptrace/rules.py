@@ -400,40 +400,53 @@ def triangle(node: fx.Node) -> Rule:
 # --- reductions -----------------------------------------------------------------------------------
 
 
-def _reduced(node: fx.Node, position: int) -> set[int]:
+def _by_schema(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument whose position differs between the overloads of an operator."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return argument(node, names.index(name), name, default) if name in names else default
+
+
+def _reduced(node: fx.Node) -> set[int]:
     rank = len(_shape(operands(node)[0]))
-    dims = argument(node, position, "dim")
+    dims = _by_schema(node, "dim")
     if dims is None or dims == []:
         return set(range(rank))
     dims = [dims] if isinstance(dims, int) else dims
     return {int(d) % rank for d in dims} if rank else set()
 
 
-def reduction(
-    summed: bool, average: bool = False, dim_at: int = 1, keep_at: int = 2
-) -> Callable[[fx.Node], Rule]:
-    """Some dimensions vanish, or stay with size 1; ``summed`` ones may be split."""
+def reduction(summed: bool, average: bool = False) -> Callable[[fx.Node], Rule]:
+    """Some dimensions vanish, or stay with size 1; ``summed`` ones may be split.
+
+    An average may only be split evenly, so that the mean of the parts' means is the mean.
+    """
 
     def rule(node: fx.Node) -> Rule:
-        gone = _reduced(node, dim_at)
-        keep = bool(argument(node, keep_at, "keepdim", False))
+        shape = _shape(operands(node)[0])
+        gone = _reduced(node)
+        keep = bool(_by_schema(node, "keepdim", False))
         ins = tuple(
-            f"{'r' if summed else 'R'}{i}" if i in gone else f"d{i}"
-            for i in range(len(_shape(operands(node)[0])))
+            f"{'r' if summed else 'R'}{i}" if i in gone else f"d{i}" for i in range(len(shape))
         )
         outs = tuple(
             None if i in gone else f"d{i}" for i in range(len(ins)) if keep or i not in gone
         )
         count = sum(r is not None for r in results(node))
         linear = frozenset({0}) if summed else NONLINEAR
-        return Rule((ins,), (outs,) * count, linear, summed=summed, average=average)
+        even = {f"r{i}": shape[i] for i in gone} if average else {}
+        return Rule((ins,), (outs,) * count, linear, summed=summed, average=average, quantum=even)
 
     return rule
 
 
-def histogram(node: fx.Node) -> Rule:
-    """histc and bincount: elements are counted, whatever their order."""
+def histogram(node: fx.Node) -> Rule | None:
+    """histc and bincount: elements are counted, whatever their order, if the bins are given."""
     shape = _shape(operands(node)[0])
+    histc = node.target is aten.histc.default
+    if histc and argument(node, 2, "min", 0) == argument(node, 3, "max", 0):
+        return None
+    if not isinstance(roles.tensor(node).shape[0], int):
+        return None
     return Rule((_dims("r", len(shape)),) * len(operands(node)), (("B",),), summed=True)
 
 
@@ -485,6 +498,11 @@ def matmul(node: fx.Node) -> Rule:
     return spelled("...mk, ...kn -> ...mn", {0, 1})(node)
 
 
+def addmm(node: fx.Node) -> Rule:
+    bias, result = _shape(operands(node)[0]), roles.tensor(node).shape
+    return Rule((_broadcast(bias, result, ("m", "n")), ("m", "K"), ("K", "n")), (("m", "n"),))
+
+
 def einsum(node: fx.Node) -> Rule | None:
     equation = str(node.args[0]).replace(" ", "")
     if "." in equation or "->" not in equation:
@@ -493,7 +511,8 @@ def einsum(node: fx.Node) -> Rule | None:
     rename = {c: f"e{ord(c)}" for c in equation}
     ins = tuple(tuple(rename[c] for c in term) for term in left.split(","))
     out = tuple(rename[c] for c in right)
-    return Rule(ins, (out,), frozenset(range(len(ins))), summed=True)
+    diagonal = {f for term in ins for f in term if term.count(f) > 1}
+    return Rule(ins, (out,), frozenset(range(len(ins))), whole=frozenset(diagonal), summed=True)
 
 
 def attention(node: fx.Node) -> Rule:
@@ -511,8 +530,10 @@ def attention(node: fx.Node) -> Rule:
     return Rule(tuple(ins), (out,))
 
 
-def convolution(node: fx.Node) -> Rule:
+def convolution(node: fx.Node) -> Rule | None:
     xs = operands(node)
+    if len(_shape(xs[0])) != len(_shape(xs[1])):  # one example without a batch dimension
+        return None
     space = len(_shape(xs[0])) - 2
     positions = tuple(f"S{i}" for i in range(space))
     ins: list[Dims] = [("n", "C", *positions), ("O", "I", *(f"K{i}" for i in range(space)))]
@@ -557,9 +578,10 @@ def scatter(node: fx.Node) -> Rule:
     """scatter and scatter_add: dimensions other than ``dim`` correspond where sizes agree."""
     xs = operands(node)
     dim = int(node.args[1]) % max(len(_shape(xs[0])), 1)  # type: ignore[arg-type]
-    shape, index = _shape(xs[0]), _shape(xs[1])
+    shapes = [_shape(x) for x in xs]
     outs = tuple(
-        f"d{i}" if i != dim and shape[i] == index[i] else f"X{i}" for i in range(len(shape))
+        f"d{i}" if i != dim and len({shape[i] for shape in shapes}) == 1 else f"X{i}"
+        for i in range(len(shapes[0]))
     )
     ins = tuple(f"Y{i}" if d.startswith("X") else d for i, d in enumerate(outs))
     return Rule((outs, *([ins] * (len(xs) - 1))), (outs,))
@@ -622,7 +644,9 @@ def index_add(node: fx.Node) -> Rule:
     return Rule((outs, ("I",), source), (outs,))
 
 
-def embedding(node: fx.Node) -> Rule:
+def embedding(node: fx.Node) -> Rule | None:
+    if argument(node, 3, "scale_grad_by_freq", False):
+        return None
     ids = _dims("i", len(_shape(operands(node)[1])))
     return Rule((("V", "d"), ids), ((*ids, "d"),), frozenset({0}))
 
@@ -711,9 +735,7 @@ def getitem(node: fx.Node) -> Rule | None:
 
 
 RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
-    **dict.fromkeys(
-        (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten), view
-    ),
+    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view, aten.flatten), view),
     **dict.fromkeys((aten.transpose, aten.swapaxes), permute(_transposed)),
     aten.permute: permute(_permuted),
     aten.t: permute(lambda node, rank: list(reversed(range(rank)))),
@@ -722,7 +744,6 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     aten.unsqueeze: unsqueeze,
     aten.squeeze: squeeze,
     aten.slice: slices,
-    aten.narrow: slices,
     aten.select: select,
     aten.unbind: unbind,
     **dict.fromkeys((aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split), pieces),
@@ -756,9 +777,8 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
         reduction(summed=False),
     ),
     **dict.fromkeys((aten.min, aten.argmin, aten.median), reduction(summed=False)),
-    **dict.fromkeys((aten.var, aten.std), reduction(summed=False, keep_at=4)),
-    aten.linalg_vector_norm: reduction(summed=False, dim_at=2, keep_at=3),
-    aten.norm: reduction(summed=False, dim_at=2, keep_at=3),
+    **dict.fromkeys((aten.var, aten.std), reduction(summed=False)),
+    **dict.fromkeys((aten.linalg_vector_norm, aten.norm), reduction(summed=False)),
     aten.cumsum: along_dim(1),
     **dict.fromkeys((aten.cumprod, aten.logcumsumexp), along_dim(1, linear=False)),
     **dict.fromkeys((aten.histc, aten.bincount), histogram),
@@ -769,7 +789,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     aten.mv: spelled("mk, k -> m", {0, 1}),
     aten.dot: spelled("k, k -> ", {0, 1}),
     aten.outer: spelled("m, n -> mn", {0, 1}),
-    aten.addmm: spelled("n, mK, Kn -> mn", set()),
+    aten.addmm: addmm,
     aten.einsum: einsum,
     aten.scaled_dot_product_attention: attention,
     **dict.fromkeys((aten.conv1d, aten.conv2d, aten.convolution), convolution),
@@ -790,9 +810,10 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     aten.one_hot: one_hot,
     **dict.fromkeys((aten.cross_entropy_loss, aten.nll_loss, aten.nll_loss_nd), loss_per_token),
     **dict.fromkeys(
-        (aten.dropout, aten.native_dropout, aten.feature_dropout), lambda n: _same(n, random=True)
+        (aten.dropout, aten.native_dropout, aten.bernoulli), lambda n: _same(n, random=True)
     ),
-    **dict.fromkeys((aten.bernoulli, aten.multinomial), lambda n: _same(n, random=True)),
+    aten.feature_dropout: lambda n: _same(n, range(2, len(_shape(operands(n)[0]))), random=True),
+    aten.multinomial: lambda n: _same(n, [-1], random=True),
     **dict.fromkeys(
         (
             aten.zeros_like,

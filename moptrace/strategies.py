@@ -30,8 +30,8 @@ __all__ = ["ModelSpec", "batches", "meshes", "model_specs", "moe_models", "plans
 class ModelSpec:
     """A small language model: what it is made of, and how its author wrote the experts.
 
-    ``layers`` names each layer's feed-forward block, ``"moe"`` or ``"dense"``. ``style`` is a key of
-    ``STYLES``, ``router`` of ``ROUTERS``, ``gating`` of ``GATINGS``. ``shared`` is ``""``,
+    ``layers`` names each layer's feed-forward block, ``"moe"`` or ``"dense"``. ``style`` is a key
+    of ``STYLES``, ``router`` of ``ROUTERS``, ``gating`` of ``GATINGS``. ``shared`` is ``""``,
     ``"plain"`` or ``"gated"``. ``balance`` scales a load-balancing loss over the whole batch.
     """
 

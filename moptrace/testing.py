@@ -1,9 +1,10 @@
 """Compare a program of many ranks with the model it was made from.
 
-For writers of passes too: ``assert_same_function`` runs a local program on simulated ranks and
-compares the loss, the gradient of every parameter and the updated buffers with the unsharded model;
-``assert_same_training`` compares every weight after some optimizer steps. ``moe_models``, ``plans``,
-``meshes`` and ``batches`` are Hypothesis strategies, for properties such as "any model, any plan".
+For writers of passes too. ``assert_same_function`` runs a local program on simulated ranks and
+compares the loss, every parameter's gradient and the updated buffers with the unsharded model;
+``assert_same_training`` compares every weight after some optimizer steps. ``moe_models``,
+``meshes``, ``plans`` and ``batches`` are Hypothesis strategies, for claims such as "any model, any
+mesh, any plan".
 """
 
 from __future__ import annotations

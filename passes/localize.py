@@ -131,7 +131,17 @@ class _Localizer:
             new.update_arg(1, lengths[0] if packet is aten.split else lengths)
         at = _SIZE_ARGUMENT.get(packet)
         placement = roles.placement(node)
+        if packet is aten.squeeze:  # a split dimension may have become 1 as well
+            whole = roles.tensor(node.all_input_nodes[0]).shape
+            given = node.args[1] if len(node.args) > 1 else range(len(whole))
+            dims = [given] if isinstance(given, int) else list(given)  # type: ignore[arg-type]
+            new.target = aten.squeeze.dims
+            new.args = (new.args[0], [d for d in dims if whole and whole[d] == 1])
         if at is None or placement is None:
+            return
+        if packet is aten.expand:  # the ranks' shares may differ: keep what is there
+            own = [-1 if placement.axes_of_dim(d) else n for d, n in enumerate(new.args[1])]  # type: ignore
+            new.update_arg(1, own)
             return
         sizes = [
             self._size(entry, dim, roles.tensor(node).shape[dim], placement)
@@ -206,7 +216,11 @@ class _Localizer:
             placement = roles.placement(of)
             assert placement is not None
             kinds = tuple(
-                Shard(dim + 1) if k == split else Shard(k.dim + (k.dim > dim)) if isinstance(k, Shard) else k
+                Shard(dim + 1)
+                if k == split
+                else Shard(k.dim + (k.dim > dim))
+                if isinstance(k, Shard)
+                else k
                 for k in placement.kinds
             )
             shown = Placement(placement.view, kinds)
