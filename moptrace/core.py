@@ -197,11 +197,14 @@ class Program:
                 node.update_kwarg("device", torch.device(device))
         return fx.GraphModule(root, graph, class_name=f"{self.level}".capitalize())
 
-    def diff(self, other: Program | None = None) -> str:
-        """What changed since ``other``, by default since the program before the last pass."""
-        from moptrace.render import diff
+    def diff(self, other: Program | None = None, block: int | None = None) -> str:
+        """What changed since ``other``, by default since the program before the last pass.
 
-        return diff(other or self.previous or self, self)
+        ``block`` shows one Mixture-of-Experts block alone.
+        """
+        from moptrace.diff import diff
+
+        return diff(other or self.previous or self, self, block)
 
     def __str__(self) -> str:
         from moptrace.render import render
