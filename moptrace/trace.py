@@ -48,6 +48,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     _constrain_range_for_size,
 )
+from torch.fx.node import base_types
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -59,7 +60,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from moptrace import roles
 from moptrace.core import Buffer, Input, Level, Output, Parameter, Program, Signature, erase_dead
 from moptrace.errors import TraceError
-from moptrace.kernels import grouped_mm as _  # noqa: F401  registers torch.ops.moptrace
+from moptrace.kernels.grouped_mm import grouped_mm
 
 __all__ = ["CustomFunction", "Evaluation", "OutputIndex", "call", "evaluate", "rebuild", "trace"]
 
@@ -67,7 +68,7 @@ aten = torch.ops.aten
 
 
 class OutputIndex(int):
-    """In ``Signature.results``, a tensor: the index of a graph output. Other leaves are constants."""
+    """Stands for a tensor in ``Signature.results``: the index of a graph output."""
 
 
 def trace(
@@ -89,6 +90,12 @@ def trace(
     ``(loss, output)``. Returned objects that are neither tensors nor constants, such as caches,
     become None; a model whose configuration has ``use_cache`` is called with ``use_cache=False``
     unless the batch says otherwise.
+
+    Loops over experts are unrolled. Whether an expert has tokens is answered yes wherever the model
+    asks (``idx.numel() == 0``, ``mask.any()``, a count of zero), so skipping an expert without
+    tokens must be nothing but a saving. An expert without tokens gets zero gradients, not None.
+
+    Errors: ``TraceError`` with the user's line, the reason, and what to change.
     """
     args, kwargs = _arguments(batch)
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
@@ -186,9 +193,7 @@ def _state_of(wanted: Parameter | Buffer, state: Mapping[str, Tensor]) -> Tensor
 # The call: what goes to the model and what to the loss function
 
 
-def _arguments(
-    batch: Mapping[str, Any] | Sequence[Any] | Tensor,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
@@ -304,9 +309,9 @@ def _capture(
 
     def forward(*flat: Tensor) -> list[Tensor]:
         nonlocal results
-        graph = get_proxy_mode().tracer.graph
-        shapes.facts = _Facts(graph, (t.requires_grad for t in fakes))
-        recorder = _Recorder(model, shapes.facts, call.packed(args, kwargs))
+        tracer = _tracer()
+        shapes.facts = _Facts(tracer.graph, (t.requires_grad for t in fakes))
+        recorder = _Recorder(model, tracer, shapes.facts, call.packed(args, kwargs))
         with FunctionalTensorMode(pre_dispatch=True, export=True):
             wrapped = [FunctionalTensor.to_functional(t) for t in flat]
             for slot, tensor in zip(slots, wrapped, strict=False):
@@ -348,6 +353,12 @@ def _capture(
         results=results.leaves,
     )
     return Program(graph, signature, Level.CAPTURED, constants=_constants(traced, graph))
+
+
+def _tracer() -> Any:
+    mode = get_proxy_mode()
+    assert mode is not None
+    return mode.tracer
 
 
 def _constants(traced: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
@@ -512,9 +523,9 @@ def _constant_or_none(leaf: Any) -> Any:
 class _Recorder(TorchFunctionMode):
     """Notes the module and source line of every node, and answers what fake tensors cannot."""
 
-    def __init__(self, model: nn.Module, facts: _Facts, packed: bool) -> None:
+    def __init__(self, model: nn.Module, tracer: Any, facts: _Facts, packed: bool) -> None:
         super().__init__()
-        self.tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+        self.tracer = tracer
         self.names = {id(m): name for name, m in model.named_modules()}
         self.modules = [""]
         self.last: fx.Node = self.tracer.graph._root.prev
@@ -547,7 +558,7 @@ class _Recorder(TorchFunctionMode):
         try:
             if _Known in types:
                 return _on_known(func, args, kwargs)
-            if not torch.is_grad_enabled() and _writes(func):
+            if _writes(func):
                 self._check_write(args[0])
             answer = _ANSWERS.get(func)
             result = answer(self, *args, **kwargs) if answer else NotImplemented
@@ -580,16 +591,26 @@ class _Recorder(TorchFunctionMode):
         return _UNKNOWN if node is None else self.facts[node]
 
     def _check_write(self, tensor: Any) -> None:
+        """A write that autograd does not see keeps the gradient as if nothing was written."""
         node = self.node(tensor)
-        if node is not None and self.facts.needs_gradient(node):
+        if node is None:
+            return
+        detached = torch.is_grad_enabled()
+        while detached and node.target is not aten.detach.default:
+            if not getattr(node.target, "is_view", False):
+                return
+            node = _args(node)[0]
+        if self.facts.needs_gradient(_args(node)[0] if detached else node):
             raise _Refusal(
-                "a tensor that needs gradients is written to inside torch.no_grad()",
-                "Compute a new tensor instead, or detach() the tensor before.",
+                "a tensor that needs gradients is written to where autograd does not see it",
+                "Compute a new tensor instead, or clone() it after detach().",
             )
 
 
 def _writes(func: Any) -> bool:
     name = getattr(func, "__name__", "")
+    if name in ("requires_grad_", "detach_"):
+        return False
     return name == "__setitem__" or (name.endswith("_") and not name.startswith("_"))
 
 
@@ -656,7 +677,7 @@ class _Facts:
 
     def _add(self, node: fx.Node) -> None:
         if node.target is torch._C._set_grad_enabled:
-            self.enabled = bool(node.args[0])
+            self.enabled = bool(_args(node)[0])
         self.known[node] = fact = _fact(node, self.known)
         example = roles.value(node)
         if node.op == "placeholder":
@@ -698,23 +719,27 @@ def _fact(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
 _FactRule = Callable[[fx.Node, Mapping[fx.Node, _Fact]], _Fact]
 
 
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
 def _rank(node: Any) -> int:
     return roles.tensor(node).dim()
 
 
 def _same(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
-    return known[node.args[0]]
+    return known[_args(node)[0]]
 
 
 def _selection(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
     """Indices of the largest values: a choice, unless only the batch's own integers are sorted."""
-    return _PLAIN if known[node.args[0]].kind is _Kind.PLAIN else _CHOICE
+    return _PLAIN if known[_args(node)[0]].kind is _Kind.PLAIN else _CHOICE
 
 
 def _element(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
-    parent, index = node.args
+    parent, index = _args(node)
     if parent.target in _SELECTIONS and index == 0:  # the values, not the indices
-        return known[parent.args[0]]
+        return known[_args(parent)[0]]
     return known[parent]
 
 
@@ -722,7 +747,7 @@ def _moved(where: Callable[[fx.Node, int], int | None]) -> _FactRule:
     """The rule of an operator that only moves or removes dimensions."""
 
     def rule(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
-        fact = known[node.args[0]]
+        fact = known[_args(node)[0]]
         if fact.experts is None:
             return fact
         return replace(fact, experts=where(node, fact.experts))
@@ -732,25 +757,25 @@ def _moved(where: Callable[[fx.Node, int], int | None]) -> _FactRule:
 
 def _permuted(node: fx.Node, dim: int) -> int:
     rank = _rank(node)
-    return [d % rank for d in node.args[1]].index(dim)
+    return [d % rank for d in _args(node)[1]].index(dim)
 
 
 def _transposed(node: fx.Node, dim: int) -> int:
-    first, second = (d % _rank(node) for d in node.args[1:3])
+    first, second = (d % _rank(node) for d in _args(node)[1:3])
     return {first: second, second: first}.get(dim, dim)
 
 
 def _unsqueezed(node: fx.Node, dim: int) -> int:
-    return dim + (node.args[1] % _rank(node) <= dim)
+    return dim + (_args(node)[1] % _rank(node) <= dim)
 
 
 def _without(node: fx.Node, dim: int) -> int | None:
-    removed = (node.args[1] if len(node.args) > 1 else 0) % _rank(node.args[0])
+    removed = (_args(node)[1] if len(_args(node)) > 1 else 0) % _rank(_args(node)[0])
     return None if removed == dim else dim - (removed < dim)
 
 
 def _viewed(node: fx.Node, dim: int) -> int | None:
-    before, after = roles.tensor(node.args[0]).shape, roles.tensor(node).shape
+    before, after = roles.tensor(_args(node)[0]).shape, roles.tensor(node).shape
     if dim == 0 and after[:1] == before[:1]:
         return 0
     if dim == len(before) - 1 and after[-1:] == before[-1:]:
@@ -762,14 +787,14 @@ def _reduced(total: _Kind) -> _FactRule:
     """Sums and any: over all tokens they tell about experts, over fewer still about tokens."""
 
     def rule(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
-        fact = known[node.args[0]]
+        fact = known[_args(node)[0]]
         if fact.kind not in (_Kind.MASK, _Kind.COUNT, _Kind.BUSY):
             return fact if fact.kind in (_Kind.UNKNOWN, _Kind.PLAIN) else _CHOICE
-        rank = _rank(node.args[0])
-        dims = node.args[1] if len(node.args) > 1 else None
+        rank = _rank(_args(node)[0])
+        dims = _args(node)[1] if len(_args(node)) > 1 else None
         dims = range(rank) if dims is None else [dims] if isinstance(dims, int) else dims
         gone = {d % rank for d in dims} if rank else set()
-        keep = len(node.args) > 2 and node.args[2]
+        keep = len(_args(node)) > 2 and _args(node)[2]
         experts = fact.experts
         if experts in gone:
             experts = None
@@ -795,13 +820,14 @@ _SYNONYMS = {
 
 
 def _comparison(node: fx.Node) -> str:
-    name = node.target._schema.name.removeprefix("aten::")
+    operator_: Any = node.target
+    name: str = operator_._schema.name.removeprefix("aten::")
     return _SYNONYMS.get(name, name)
 
 
 def _compared(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
     name = _comparison(node)
-    left, right = node.args[:2]
+    left, right = _args(node)[:2]
     fact = known[left]
     if isinstance(right, fx.Node):
         return _compared_tensors(name, node, known)
@@ -821,7 +847,7 @@ def _compared(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
 
 
 def _compared_tensors(name: str, node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
-    left, right = node.args[:2]
+    left, right = _args(node)[:2]
     kinds = {known[left].kind, known[right].kind}
     if _Kind.UNKNOWN in kinds:
         return _UNKNOWN
@@ -843,29 +869,29 @@ def _only_dim_of(others: fx.Node, choice: fx.Node, rank: int) -> int | None:
 
 
 def _one_hot(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
-    fact = known[node.args[0]]
+    fact = known[_args(node)[0]]
     return _Fact(_Kind.MASK, _rank(node) - 1) if fact.kind is _Kind.CHOICE else fact
 
 
 def _scattered(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
     """Marks or counts put where the choices point."""
     kinds = {known[n].kind for n in node.all_input_nodes}
-    if kinds != {_Kind.PLAIN, _Kind.CHOICE} or known[node.args[0]].kind is not _Kind.PLAIN:
+    if kinds != {_Kind.PLAIN, _Kind.CHOICE} or known[_args(node)[0]].kind is not _Kind.PLAIN:
         return _UNKNOWN if _Kind.UNKNOWN in kinds else _PLAIN if kinds == {_Kind.PLAIN} else _CHOICE
     rank = _rank(node)
     if rank == 1:
         return _Fact(_Kind.COUNT, 0)
-    dim = node.args[1]
+    dim = _args(node)[1]
     return _Fact(_Kind.MASK, dim % rank) if isinstance(dim, int) else _CHOICE
 
 
 def _counted(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
-    fact = known[node.args[0]]
+    fact = known[_args(node)[0]]
     return _Fact(_Kind.COUNT, 0) if fact.kind is _Kind.CHOICE else fact
 
 
 def _accumulated(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
-    fact = known[node.args[0]]
+    fact = known[_args(node)[0]]
     return replace(fact, kind=_Kind.POSITION) if fact.kind is _Kind.COUNT else _CHOICE
 
 
@@ -895,7 +921,7 @@ def _conjunction(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
 
 
 def _negated(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
-    fact = known[node.args[0]]
+    fact = known[_args(node)[0]]
     swapped = {_Kind.BUSY: _Kind.IDLE, _Kind.IDLE: _Kind.BUSY, _Kind.MASK: _Kind.CHOICE}
     return replace(fact, kind=swapped.get(fact.kind, fact.kind))
 
@@ -905,7 +931,7 @@ def _looked_up(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
     kinds = {known[n].kind for n in node.all_input_nodes}
     if _Kind.UNKNOWN in kinds:
         return _UNKNOWN
-    table = node.args[0]
+    table = _args(node)[0]
     if table.op == "placeholder" or kinds != {_Kind.PLAIN}:
         return _CHOICE
     return _PLAIN
@@ -975,7 +1001,8 @@ class _GenericShapes(ShapeEnv):
 
     def _generic_answer(self, question: sympy.Basic) -> sympy.Basic | None:
         self.facts.refresh()
-        symbols = sorted(question.free_symbols, key=lambda s: int(s.name[1:]))
+        free = (s for s in question.free_symbols if isinstance(s, sympy.Symbol))
+        symbols = sorted(free, key=lambda s: (len(s.name), s.name))
         kinds = [self.facts.symbols.get(s, _Kind.UNKNOWN) for s in symbols]
         routed = all(k in _AMOUNTS for k in kinds)
         sized = all(
@@ -1048,7 +1075,7 @@ def _grouped_mm(
         return NotImplemented
     ends = offs.to(torch.int64)
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    result = torch.ops.moptrace.grouped_mm(rows, weight, counts)
+    result = grouped_mm(rows, weight, counts)
     return result if out_dtype is None else result.to(out_dtype)
 
 
@@ -1118,7 +1145,7 @@ def _integer(recorder: _Recorder, tensor: Tensor) -> Any:
 
 
 def _length(recorder: _Recorder, tensor: Tensor) -> Any:
-    if tensor.dim() and not isinstance(tensor.shape[0], int):
+    if tensor.dim() and isinstance(tensor.shape[0], torch.SymInt):
         raise _Refusal("len() cannot depend on the data", "Write x.shape[0] instead of len(x).")
     return NotImplemented
 
@@ -1208,7 +1235,7 @@ def _proxy(tracer: Any, value: Any) -> Any:
     """What stands for an argument in the graph; objects that no node can hold become constants."""
     if isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
         return tracer.unwrap_proxy(value)
-    if value is None or isinstance(value, fx.node.base_types):
+    if value is None or isinstance(value, base_types):
         return value
     name = tracer.get_fresh_qualname("_custom_argument")
     setattr(tracer.root, name, value)
@@ -1249,7 +1276,7 @@ def _fake_to_transformers(recorder: _Recorder) -> AbstractContextManager[None]:
 
 @contextmanager
 def _bincount_size(recorder: _Recorder) -> Iterator[None]:
-    """The fake of ``bincount`` has an unknown size; routed tokens never need more than minlength."""
+    """The fake of ``bincount`` has an unknown size; experts never need more than ``minlength``."""
     table = fake_impls.op_implementations_dict
     original = table[aten.bincount.default]
 
@@ -1281,36 +1308,38 @@ def _custom_functions(recorder: _Recorder) -> Iterator[None]:
     )
     apply = _exchangeable_apply()
     assert len(apply.__code__.co_freevars) == len(code.co_freevars)
-    torch.autograd.Function._moptrace = (recorder, original, get_ident())
+    _RECORDING.append((recorder, original, get_ident()))
     method.__code__ = apply.__code__
     try:
         yield
     finally:
         method.__code__ = code
-        del torch.autograd.Function._moptrace
+        _RECORDING.pop()
+
+
+_RECORDING: list[tuple[_Recorder, Callable[..., Any], int]] = []
 
 
 def _exchangeable_apply() -> Any:
     class Exchanged:  # gives the function a closure over __class__, as the original has
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            _ = __class__  # type: ignore[name-defined]  # noqa: F821
-            from moptrace.trace import _apply_custom_function
+        @classmethod
+        def apply(cls, *args: Any, **kwargs: Any) -> Any:
+            _ = __class__  # type: ignore[name-defined]
+            from moptrace.trace import apply_custom_function
 
-            return _apply_custom_function(cls, args, kwargs)
+            return apply_custom_function(cls, args, kwargs)
 
-    return Exchanged.apply
+    return Exchanged.apply.__func__
 
 
-def _apply_custom_function(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    recorder, original, thread = torch.autograd.Function._moptrace  # type: ignore[attr-defined]
+def apply_custom_function(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``Function.apply`` does while a model is traced."""
+    recorder, original, thread = _RECORDING[-1]
     leaves = pytree.tree_leaves((args, kwargs))
     traced = any(isinstance(x, FunctionalTensor) for x in leaves)
     if get_ident() != thread or not traced:
         return original(function, *args, **kwargs)
-    if (
-        kwargs
-        or function.setup_context is not torch.autograd.function._SingleLevelFunction.setup_context
-    ):
+    if function.setup_context is not torch.autograd.Function.setup_context:
         bound = inspect.signature(function.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         args = bound.args
@@ -1353,7 +1382,8 @@ def _explained(model: nn.Module, error: Exception) -> TraceError:
         reason = f"the operator {error.func} has no fake implementation"
         change = "Register one with torch.library.register_fake."
     else:
-        reason = f"forward raised {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        first_line = str(error).strip().partition("\n")[0]
+        reason = f"forward raised {type(error).__name__}: {first_line}"
         change = "Check that the model runs eagerly on this batch."
     return TraceError(f"cannot trace {type(model).__name__}{_user_line(error)}: {reason}. {change}")
 
@@ -1408,25 +1438,23 @@ def _cleaned(traced: fx.Graph, wanted: Sequence[str]) -> tuple[fx.Graph, list[st
 
     for old in traced.nodes:
         if old.target is torch._C._set_grad_enabled:
-            enabled = old.args[0]
-        elif old.target is torch.amp.autocast_mode._enter_autocast and old.args[2]:
+            enabled = _args(old)[0]
+        elif old.target is torch.amp.autocast_mode._enter_autocast and _args(old)[2]:
             raise TraceError(
                 f"forward turns on autocast: {roles.where(old)}. Convert the model instead, for "
                 f"example with model.bfloat16()."
             )
-        elif old.target is aten.detach.default and _needs_no_detach(copies[old.args[0]]):
-            copies[old] = copies[old.args[0]]
-        elif old.target in _ALIASES:
-            copies[old] = copies[old.args[0]]
+        elif old.target in _ALIASES or _detaches_constant(old, copies):
+            copies[old] = copies[_args(old)[0]]
         elif old.op == "placeholder":
             copies[old] = _like(graph.placeholder(_identifier(wanted[len(names)])), old)
             names.append(copies[old].name)
         elif old.op == "output":
-            graph.output(tuple(use(x) for x in old.args[0]))
+            graph.output(tuple(use(x) for x in _args(old)[0]))
         elif old.target is aten.copy.default:
-            copies[old] = _copied(graph, old, use(old.args[1]))
+            copies[old] = _copied(graph, old, use(_args(old)[1]))
         elif old.target not in _DROPPED:
-            args, kwargs = fx.map_arg((old.args, old.kwargs), use)
+            args, kwargs = fx.map_arg((_args(old), old.kwargs), use)
             new = graph.create_node(old.op, old.target, args, kwargs, old.name)
             copies[old] = _like(new, old)
             if not enabled and _is_differentiable(new):
@@ -1459,8 +1487,11 @@ def _copied(graph: fx.Graph, old: fx.Node, source: fx.Node) -> fx.Node:
     return new
 
 
-def _needs_no_detach(node: fx.Node) -> bool:
-    return node.op == "get_attr" or not _is_differentiable(node)
+def _detaches_constant(node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> bool:
+    if node.target is not aten.detach.default:
+        return False
+    source = copies[_args(node)[0]]
+    return source.op == "get_attr" or not _is_differentiable(source)
 
 
 def _is_differentiable(node: fx.Node) -> bool:
