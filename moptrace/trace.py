@@ -1278,10 +1278,12 @@ def _fake_to_transformers(recorder: _Recorder) -> AbstractContextManager[None]:
 def _bincount_size(recorder: _Recorder) -> Iterator[None]:
     """The fake of ``bincount`` has an unknown size; experts never need more than ``minlength``."""
     table = fake_impls.op_implementations_dict
-    original = table[aten.bincount.default]
+    original = table.get(aten.bincount.default)
 
     def bincount(mode: Any, func: Any, x: Tensor, weights: Any = None, minlength: int = 0) -> Any:
         if not minlength:
+            if original is None:
+                raise DynamicOutputShapeException(func)
             return original(mode, func, x, weights, minlength)
         if weights is None:
             return x.new_empty(minlength, dtype=torch.int64)
@@ -1292,7 +1294,9 @@ def _bincount_size(recorder: _Recorder) -> Iterator[None]:
     try:
         yield
     finally:
-        table[aten.bincount.default] = original
+        del table[aten.bincount.default]
+        if original is not None:
+            table[aten.bincount.default] = original
 
 
 @contextmanager
