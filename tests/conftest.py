@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported, and inherited by the ranks that tests start: the suite has as many
@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from _report import examples, record_examples
+from gloo import Ranks
 
 torch.set_num_threads(1)
 
@@ -52,6 +53,19 @@ def pytest_report_header(config: pytest.Config) -> str:
 def record_examples_fixture() -> Callable[..., None]:
     """``record_examples(number, of="equivalence")``: counted in the closing lines."""
     return record_examples
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """``ranks(4)(function, *arguments)``: run a function on each of four real gloo ranks."""
+    pools: dict[int, Ranks] = {}
+
+    def pool(world_size: int) -> Ranks:
+        return pools.setdefault(world_size, Ranks(world_size))
+
+    yield pool
+    for started in pools.values():
+        started.stop()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
