@@ -1453,6 +1453,7 @@ def _cleaned(traced: fx.Graph, wanted: Sequence[str]) -> tuple[fx.Graph, list[st
         elif old.op == "placeholder":
             copies[old] = _like(graph.placeholder(_identifier(wanted[len(names)])), old)
             names.append(copies[old].name)
+            copies[old].target = names[-1]  # fx keeps names apart, and generates code from targets
         elif old.op == "output":
             graph.output(tuple(use(x) for x in _args(old)[0]))
         elif old.target is aten.copy.default:
