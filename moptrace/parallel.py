@@ -318,7 +318,7 @@ class _LocalParts(torch.autograd.Function):
             None
             if gradient is None
             else DTensor.from_local(
-                gradient, mesh, placements, run_check=False, shape=shape, stride=stride
+                gradient.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
             )
             for gradient, (mesh, placements, shape, stride) in zip(
                 gradients, ctx.specs, strict=True

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from moptrace import roles
 from moptrace.collectives import conversion
-from moptrace.core import Level, Pass, Program
+from moptrace.core import Level, Pass, Program, erase_dead
 from moptrace.errors import PlacementError
 from moptrace.infer import Held, infer, satisfies
 from moptrace.placement import (
@@ -22,6 +22,7 @@ from moptrace.placement import (
     Layout,
     Partial,
     Placement,
+    Replicate,
     Rows,
     Shard,
     View,
@@ -56,6 +57,7 @@ def place() -> Pass:
         for node in list(graph.nodes):
             placer.visit(node)
         placer.outputs(program)
+        erase_dead(graph)
         program = program.with_graph(graph)
         for note in placer.notes:
             warnings.warn(note, ReplicationWarning, stacklevel=2)
@@ -73,6 +75,7 @@ def place() -> Pass:
 
 _FILLS = {aten.zeros, aten.ones, aten.full, aten.empty}
 _FILLS |= {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
+_REARRANGES = {aten.transpose.int, aten.t.default, aten.permute.default}
 _DETACHES = {aten.detach.default}
 
 
@@ -203,6 +206,10 @@ class _Placer:
 
     def _move(self, x: fx.Node, now: Placement, wanted: Placement, before: fx.Node) -> fx.Node:
         """Convert one axis after another, in the home view where both ends can be said there."""
+        changed = [w for n, w in zip(now.kinds, wanted.kinds, strict=True) if n != w]
+        gathers = all(isinstance(kind, (Replicate, Invariant)) for kind in changed)
+        if gathers and x.target in _REARRANGES and x in self.of_parameters:
+            return self._move_under(x, now, wanted, before)
         home_now, home_wanted = self.layout.normalised(now), self.layout.normalised(wanted)
         if home_now.view == home_wanted.view:
             now, wanted = home_now, home_wanted
@@ -216,6 +223,26 @@ class _Placer:
                 self.moved[key] = self._convert(x, axis.name, source, target, now, before)
             x = self.moved[key]
         return x
+
+    def _move_under(
+        self, x: fx.Node, now: Placement, wanted: Placement, before: fx.Node
+    ) -> fx.Node:
+        """Gather a parameter before it is rearranged, so that its gradient has its own layout."""
+        key = (x, str(wanted), INVARIANT)
+        if key not in self.moved:
+            source = x.args[0]
+            assert isinstance(source, fx.Node)
+            held = self._in_view(source, now.view)
+            goal = held
+            for axis, have, want in zip(now.view.axes, now.kinds, wanted.kinds, strict=True):
+                goal = goal if have == want else goal.with_kind(axis.name, want)
+            moved = self._move(source, held, goal, before)
+            with self.graph.inserting_before(before):
+                new = self.graph.node_copy(x, lambda n: moved if n is source else n)
+            roles.set_role(new, placements=(self.layout.normalised(wanted),))
+            self._provenance(new)
+            self.moved[key] = new
+        return self.moved[key]
 
     def _convert(
         self, x: fx.Node, axis: str, source: Kind, target: Kind, now: Placement, before: fx.Node
