@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard as ShardDim
 from torch.utils import _pytree as pytree
 
 from moptrace import state
-from moptrace.collectives import Communicator
+from moptrace.collectives import COLLECTIVES, Communicator
 from moptrace.core import Parameter, Program
 from moptrace.errors import MoptraceError
 from moptrace.passes.default import canonical, sharded
@@ -104,8 +104,7 @@ class ParallelModule(nn.Module):
 
     def _shard(self, whole: Tensor, parameter: Parameter) -> DTensor:
         """This rank's part of a whole tensor, as a ``DTensor``; nothing is sent."""
-        expert_dim = self._experts.get(parameter.name)
-        placement = storage(parameter, expert_dim, self.layout, self.plan.edp)
+        placement = self._storage(parameter)
         part = state.own_part(whole, placement, self._communicator.rank)
         device = part.device if part.is_meta else self._device
         return DTensor.from_local(
@@ -262,9 +261,25 @@ class ParallelModule(nn.Module):
         found: dict[str, Any] = {}
         for parameter in self._canonical.signature.parameters:
             held = of(self.get_parameter(parameter.fqn))
-            whole = held.detach().full_tensor() if isinstance(held, DTensor) else None
+            whole = None if held is None else self._gather(held.detach(), parameter)
             found.update(state.unstack(parameter, whole))
         return found
+
+    def _gather(self, held: Tensor, parameter: Parameter) -> Tensor:
+        """The whole tensor of which every rank holds a part."""
+        assert isinstance(held, DTensor)
+        placement = self.layout.normalised(self._storage(parameter))
+        whole = held.to_local()
+        with self._communicator:
+            for axis, kind in zip(placement.view.axes, placement.kinds, strict=True):
+                if isinstance(kind, Shard):
+                    length = parameter.shape[kind.dim]
+                    whole = COLLECTIVES["all_gather"].op(whole, axis.name, kind.dim, length)
+        return whole
+
+    def _storage(self, parameter: Parameter) -> Placement:
+        expert_dim = self._experts.get(parameter.name)
+        return storage(parameter, expert_dim, self.layout, self.plan.edp)
 
     @torch.no_grad()
     def load_full_state_dict(self, whole: Mapping[str, Tensor]) -> None:
