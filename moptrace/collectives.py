@@ -227,6 +227,11 @@ def _return(
 # --- runs: the same on one rank, over the process group -------------------------------------------
 
 
+# The names after torch 2.11, where each replaces the other one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 def _axis(axis: str) -> tuple[Communicator, Any]:
     here = Communicator.current()
     return here, here.groups[axis]
@@ -240,7 +245,7 @@ def _run_gather(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
     if own.shape[0] < widest:
         own = torch.cat([own, own.new_zeros(widest - own.shape[0], *own.shape[1:])])
     out = x.new_empty(widest * len(sizes), *own.shape[1:])
-    dist.all_gather_into_tensor(out, own.contiguous(), group=group)
+    _all_gather(out, own.contiguous(), group=group)
     if min(sizes) < widest:
         out = torch.cat([block[:n] for block, n in zip(out.split(widest), sizes, strict=True)])
     return out if dim == 0 else out.movedim(0, dim).contiguous()
@@ -257,7 +262,7 @@ def _run_reduce_scatter(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
             block[: piece.shape[0]] = piece
         whole = padded.flatten(0, 1)
     out = x.new_empty(widest, *whole.shape[1:])
-    dist.reduce_scatter_tensor(out, whole.contiguous(), group=group)
+    _reduce_scatter(out, whole.contiguous(), group=group)
     return out[:own].movedim(0, dim).contiguous()
 
 

@@ -41,7 +41,7 @@ def own_part(whole: Tensor, placement: Placement, rank: int) -> Tensor:
     >>> from moptrace.placement import Layout, Shard
     >>> placement = Placement.uniform(Layout.of(4, ep=2).experts, Shard(0))
     >>> own_part(torch.arange(10), placement, rank=2)
-    tensor([6, 7])
+    tensor([5, 6, 7])
     """
     part = whole
     for dim in range(whole.dim()):
