@@ -124,7 +124,8 @@ def _merge(graph: fx.Graph, bucket: list[_Gather], layout: Layout) -> None:
             roles.set_value(item, roles.value(gather.node))
             roles.copy_role(item, of=gather.node)
             gather.node.replace_all_uses_with(item)
-            graph.erase_node(gather.node)
+    for gather in bucket:
+        graph.erase_node(gather.node)
 
 
 def _describe(

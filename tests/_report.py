@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 examples: Counter[str] = Counter()
+remarks: list[str] = []
 
 
 def record_examples(number: int = 1, *, of: str = "equivalence") -> None:
@@ -14,3 +15,8 @@ def record_examples(number: int = 1, *, of: str = "equivalence") -> None:
     Hypothesis counts only the models.
     """
     examples[of] += number
+
+
+def remark(line: str) -> None:
+    """Show a line at the end of the session, such as how many mutants a test has caught."""
+    remarks.append(line)

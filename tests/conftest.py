@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from _report import examples, record_examples
+from _report import examples, record_examples, remarks
 from gloo import Ranks
 
 torch.set_num_threads(1)
@@ -72,12 +72,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker sends its counts to the session that started it."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["examples"] = dict(examples)
+        output["examples"], output["remarks"] = dict(examples), list(remarks)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object) -> None:
-    examples.update(getattr(node, "workeroutput", {}).get("examples", {}))
+    output = getattr(node, "workeroutput", {})
+    examples.update(output.get("examples", {}))
+    remarks.extend(output.get("remarks", []))
 
 
 def pytest_terminal_summary(
@@ -88,3 +90,5 @@ def pytest_terminal_summary(
         terminalreporter.write_line(
             f"{name}: {number} examples (model, mesh, plan); repeat with --hypothesis-seed={seed}"
         )
+    for line in remarks:
+        terminalreporter.write_line(line)

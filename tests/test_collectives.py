@@ -1,0 +1,110 @@
+"""The table of collectives: kinds, transposes and meanings agree with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gloo import Ranks
+from moptrace.collectives import COLLECTIVES, Collective, Communicator, conversion
+from moptrace.placement import INVARIANT, PARTIAL, REPLICATE, Layout, Rows, Shard, gradient_kind
+
+Pools = Callable[[int], Ranks]
+EXAMPLES = {
+    Shard: Shard(0),
+    type(REPLICATE): REPLICATE,
+    type(INVARIANT): INVARIANT,
+    type(PARTIAL): PARTIAL,
+}
+PLAIN = [row for row in COLLECTIVES.values() if row.source not in (None, Rows)]
+WORLD = 3
+LENGTH = 7  # not a multiple of the ranks
+
+
+@pytest.mark.parametrize("row", PLAIN, ids=lambda row: row.name)
+def test_a_gradient_is_carried_back_between_the_kinds_of_gradients(row: Collective) -> None:
+    back = COLLECTIVES[str(row.transpose)]
+    assert row.source and row.target
+    assert back.source is type(gradient_kind(EXAMPLES[row.target]))
+    assert back.target is type(gradient_kind(EXAMPLES[row.source]))
+
+
+def test_every_pair_of_kinds_has_at_most_one_collective() -> None:
+    pairs = [(row.source, row.target) for row in PLAIN]
+    assert len(set(pairs)) == len(pairs)
+    assert conversion(Rows("token"), Rows("expert")) is None
+
+
+def _arguments(row: Collective) -> tuple[Any, ...]:
+    if row.name == "all_to_all":
+        return ("dp", 1, 5, 0, LENGTH)
+    return ("dp", 0, LENGTH) if "int dim" in row.schema else ("dp",)
+
+
+def _held(row: Collective, seed: int) -> list[Tensor]:
+    """What the ranks hold before, as the collective's source kind says."""
+    torch.manual_seed(seed)
+    if row.source is Shard:
+        return list(
+            torch.randn(LENGTH, 5, dtype=torch.float64).split(Layout.of(WORLD).sizes(LENGTH, "dp"))
+        )
+    parts = list(torch.randn(WORLD, LENGTH, 5, dtype=torch.float64))
+    return parts if row.source is type(PARTIAL) else [parts[0]] * WORLD
+
+
+def _meant(row: Collective, parts: list[Tensor], arguments: tuple[Any, ...]) -> list[Tensor]:
+    length = arguments[2] if row.name == "all_to_all" else arguments[-1]
+    sizes = Layout.of(WORLD).sizes(length, "dp") if isinstance(length, int) else ()
+    return row.meaning(parts, sizes, *arguments[1:])
+
+
+@pytest.mark.parametrize("row", PLAIN, ids=lambda row: row.name)
+def test_a_transpose_is_the_adjoint(row: Collective) -> None:
+    """<A x, y> = <x, A' y>, where shared values count once and pending sums are added up."""
+    x = _held(row, 0)
+    arguments = _arguments(row)
+    back = COLLECTIVES[str(row.transpose)]
+    forward = _meant(row, x, arguments)
+    torch.manual_seed(1)
+    y = [torch.randn_like(part) for part in forward]
+    if row.target is type(PARTIAL) or row.target is type(INVARIANT):  # gradients are shared
+        y = [y[0]] * WORLD
+    backward = _meant(back, y, row.transpose_arguments(arguments))
+    assert [b.shape for b in backward] == [part.shape for part in x]
+    left = sum((a * b).sum() for a, b in zip(forward, y, strict=True))
+    right = sum((a * b).sum() for a, b in zip(x, backward, strict=True))
+    if row.target is type(INVARIANT):
+        left = left / WORLD
+    if row.source is type(INVARIANT):
+        right = right / WORLD
+    assert torch.allclose(left, right, rtol=1e-12, atol=0)
+
+
+def on_rank_every_collective() -> None:
+    """What runs over the process group is what the table means, with its gradient."""
+    rank = dist.get_rank()
+    here = Communicator.connect(Layout.of(WORLD), list(range(WORLD)))
+    for row in PLAIN:
+        arguments, parts = _arguments(row), _held(row, 0)
+        own = parts[rank].clone().requires_grad_()
+        with here:
+            out = row.op(own, *arguments)
+        meant = _meant(row, parts, arguments)
+        assert torch.allclose(out, meant[rank], rtol=1e-12, atol=0), row.name
+        torch.manual_seed(2)
+        y = [torch.randn_like(part) for part in meant]
+        if row.target is type(PARTIAL) or row.target is type(INVARIANT):
+            y = [y[0]] * WORLD
+        (gradient,) = torch.autograd.grad(out, own, y[rank])
+        back = COLLECTIVES[str(row.transpose)]
+        wanted = _meant(back, y, row.transpose_arguments(arguments))[rank]
+        assert torch.allclose(gradient, wanted, rtol=1e-12, atol=1e-12), f"gradient of {row.name}"
+
+
+def test_real_ranks_do_what_the_table_means(ranks: Pools) -> None:
+    ranks(WORLD)(on_rank_every_collective)
