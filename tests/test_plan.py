@@ -1,0 +1,45 @@
+"""Sizes of sub-groups: defaults, what the mesh says, and what fits. Errors: test_bad_input.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from moptrace import Plan
+from moptrace.errors import PlanError
+
+
+@pytest.mark.parametrize(
+    ("world_size", "experts", "ep"),
+    [(4, [8], 4), (8, [4], 4), (6, [8], 2), (4, [3], 1), (4, [2, 8], 2), (4, [], 1), (1, [8], 1)],
+)
+def test_the_default_spreads_experts_evenly_and_leaves_no_rank_without(
+    world_size: int, experts: list[int], ep: int
+) -> None:
+    assert Plan().resolve(world_size, experts).ep == ep
+
+
+def test_where_nothing_divides_evenly_experts_are_spread_unevenly() -> None:
+    assert Plan().resolve(3, [7]).ep in (1, 3)
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_every_divisor_of_the_ranks_is_a_plan(ep: int) -> None:
+    layout = Plan(ep=ep).resolve(4, [1]).layout(4)
+    assert [axis.size for axis in layout.experts.axes] == [4 // ep, ep]
+
+
+def test_the_vocabulary_is_shared_by_all_ranks() -> None:
+    assert Plan().resolve(4, [8]).vp == 4
+    with pytest.raises(PlanError, match="vp=4 or leave it out"):
+        Plan(vp=2).resolve(4, [8])
+
+
+def test_a_mesh_sets_sizes_by_its_names() -> None:
+    assert Plan.from_mesh(("dp_replicate", "dp_shard", "ep"), (2, 2, 4)) == Plan(ep=4)
+    assert Plan.from_mesh(None, (8,)) == Plan()
+    assert Plan(edp="replicate").merged(Plan(ep=2)) == Plan(ep=2, edp="replicate")
+
+
+def test_what_the_replicas_of_experts_do_is_one_of_two() -> None:
+    with pytest.raises(PlanError, match="'shard' or 'replicate'"):
+        Plan(edp="both").resolve(4, [8])
