@@ -368,17 +368,28 @@ class _Raiser:
             parent = self.domains.rows(source)
             if parent is not None:
                 return self.lower((source,), parent.dims)
-        if own is not None and _same_slices(nodes):
+        if _same_slices(nodes):
             source: fx.Node = first.args[0]  # type: ignore[assignment,no-redef]
             parent = self.domains.rows(source)
             if parent is not None and "sorted" in kinds(parent.dims):
                 return self.lower((source,), parent.dims)
+            if (dim := _column(nodes)) is not None:
+                return self._lower_columns(nodes, dims, dim)
         if own is None and not any(dims):
             if (stacked := self.stacks.parameter(nodes)) is not None:
                 return _Form("experts", stacked)
             if not _mappable(nodes):
                 return _Form("experts", self.emit(aten.stack.default, list(nodes), 0))
         return None
+
+    def _lower_columns(self, nodes: Nodes, dims: Dims, dim: int) -> _Form:
+        """Slices of width 1, number 0, 1, ... of a dimension of experts: the dimension stays, as 1."""
+        source: Any = nodes[0].args[0]
+        form = self.lower((source,), (*dims[:dim], (self.routing.expert,), *dims[dim + 1 :]))
+        if form.kind in ("one", "plain"):
+            return form
+        sizes = [shape(form.value)[0], *_features(nodes[0], dims)]
+        return _Form(form.kind, self.reshape(form.value, sizes))
 
     def _lower_opaque(self, node: fx.Node, dims: Dims) -> _Form | None:
         """A value that the routing did not make: tokens, weights of pairs, parameters of experts."""
@@ -943,7 +954,7 @@ class _Factor:
 
 _NORMS = (aten.layer_norm, aten.rms_norm)
 _LOWER: dict[Any, Callable[[_Raiser, Nodes, Dims], _Form]] = {
-    **dict.fromkeys((aten.index, aten.index_select, aten.embedding), _Raiser._gather),
+    **dict.fromkeys((aten.index, aten.index_select, aten.embedding, aten.gather), _Raiser._gather),
     **dict.fromkeys((aten.softmax, aten._softmax), _Raiser._softmax),
     aten.stack: _Raiser._stack,
     aten.scatter: _Raiser._matrix_of_weights,
@@ -1057,6 +1068,18 @@ def _same_slices(nodes: Nodes) -> bool:
     return packet(first) is aten.slice and all(
         n.target is first.target and n.args[0] is first.args[0] for n in nodes
     )
+
+
+def _column(nodes: Nodes) -> int | None:
+    """The dimension of which the nodes are slices 0:1, 1:2, ..., covering it."""
+    first = nodes[0]
+    dim = int(argument(first, 1, "dim", 0))
+    bounds = [(argument(n, 2, "start") or 0, argument(n, 3, "end")) for n in nodes]
+    if any(argument(n, 1, "dim", 0) != dim for n in nodes) or shape(first)[dim] != 1:
+        return None
+    starts = [start for start, _ in bounds]
+    covered = shape(first.args[0])[dim] == len(nodes)  # type: ignore[arg-type]
+    return dim if covered and starts == list(range(len(nodes))) else None
 
 
 def _mappable(nodes: Nodes) -> bool:
@@ -1193,8 +1216,11 @@ def _refuse_leftovers(graph: fx.Graph, domains: Domains) -> None:
         meaning = domains.meaning[node]
         if node.target is ops.grouped_mm.default or _selects(node, meaning):
             raise _error(node, "rows of experts whose results are not added up for each token")
-        if _masks_experts(node, meaning, domains):
-            raise _error(node, "a mask of experts on tokens whose results are not added up over experts")
+        if isinstance(meaning, Rows) and not meaning.done and _weighs_values(node, meaning):
+            raise _error(
+                node, "a selection of experts by which values of tokens are multiplied, but whose "
+                "results are not added up over all experts",
+            )  # fmt: skip
     for node in graph.nodes:
         if node.target is ops.grouped_mm.default and roles.role(node).made_by:
             raise _error(node, "a grouped product whose rows were not sorted by a known choice of experts")
@@ -1213,15 +1239,35 @@ def _selects(node: fx.Node, meaning: Any) -> bool:
     return math.prod(n for n in _features(node, meaning.dims) if isinstance(n, int)) > 1
 
 
-def _masks_experts(node: fx.Node, meaning: Any, domains: Domains) -> bool:
-    """A product of a selection with values of tokens that goes on to something other than a router."""
-    if not isinstance(meaning, Rows) or meaning.done or meaning.off != 0 or meaning.on is not None:
+def _weighs_values(node: fx.Node, meaning: Rows) -> bool:
+    """Whether a matrix of tokens and experts goes on to multiply values of more features.
+
+    Routers and auxiliary losses use such matrices too, but not on wider values; and in sparse
+    attention a softmax comes first.
+    """
+    if "token" not in kinds(meaning.dims):
         return False
-    if "token" not in kinds(meaning.dims) or math.prod(_features(node, meaning.dims)) <= 1:
+    if meaning.expert is None and "expert" not in kinds(meaning.dims):
         return False
-    if not (meaning.expert is not None or "expert" in kinds(meaning.dims)):
-        return False
-    return any(user not in domains.meaning and not _routes(user) for user in node.users)
+    size = _numel(node)
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        for user in stack.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            product = packet(user) is aten.mul or contraction(user) is not None
+            if product and any(_numel(x) > size for x in tensors(user)) and not _routes(user):
+                return True
+            if is_pointwise(user) or packet(user) in (*RESHAPES, aten.select, aten.slice, aten.unbind):
+                stack.append(user)
+            elif permutation(user) is not None or user.target is operator.getitem:
+                stack.append(user)
+    return False
+
+
+def _numel(node: fx.Node) -> int:
+    return math.prod(n for n in shape(node) if isinstance(n, int))
 
 
 def _routes(node: fx.Node, depth: int = 6) -> bool:

@@ -83,7 +83,7 @@ class Routing:
     ids: fx.Node
     tokens: Space
     slot: Space
-    certain: bool
+    certain: bool  # the result of a top-k or argmax; else integers that may choose experts
     experts: int | None = None
 
     @property
@@ -97,6 +97,11 @@ class Routing:
     @property
     def k(self) -> int:
         return math.prod(a.size or 1 for a in self.slot)
+
+    @property
+    def distinct(self) -> bool:
+        """Whether the slots of a token are known to hold different experts."""
+        return self.certain or not self.slot
 
 
 @dataclass(frozen=True)
@@ -168,9 +173,13 @@ Meaning = Any  # Index | Rows | Counts | Span | Position | tuple of these | None
 # ---- Reading nodes -------------------------------------------------------------------------------
 
 
+_ALIASES = {aten.concat: aten.cat, aten.concatenate: aten.cat}
+
+
 def packet(node: fx.Node) -> Any:
     """The operator without its overload."""
-    return getattr(node.target, "overloadpacket", node.target)
+    found = getattr(node.target, "overloadpacket", node.target)
+    return _ALIASES.get(found, found)
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -485,6 +494,9 @@ class Domains:
         """The first indexed dimension and the index maps of a gather, None if it has no meaning."""
         if packet(node) is aten.index:
             return _indices(self, node)
+        if packet(node) is aten.gather:
+            index = self.index(node.args[2])
+            return index and (0, [replace(index, dims=index.dims[:1])])
         at = 2 if packet(node) is aten.index_select else 1
         first = int(node.args[1]) if at == 2 else 0  # type: ignore[arg-type]
         index = self.index(node.args[at])
@@ -506,7 +518,12 @@ class Domains:
         value = roles.value(node)
         if not isinstance(value, Tensor) or value.dtype not in _INTEGERS or not value.dim():
             return None
-        return self.chosen(node, value.dim() if value.dim() == 1 else value.dim() - 1)
+        if packet(node) in RESHAPES | _CASTS and self.choice(node.args[0]) is not None:
+            self.meaning[node] = self._interpret(node)
+            return self.index(node)
+        lead = value.dim() if value.dim() == 1 else value.dim() - 1
+        self.meaning[node] = chosen = self.chosen(node, lead)
+        return chosen
 
     def chosen(
         self, node: fx.Node, lead: int, *, experts: int | None = None, certain: bool = False
@@ -567,6 +584,14 @@ class _Chooser:
     experts: int
 
 
+@dataclass(frozen=True)
+class _Ranking:
+    """All experts in the order of a token's scores; its first k are a choice."""
+
+    lead: int
+    experts: int
+
+
 def getitem_rule(domains: Domains, node: fx.Node) -> Meaning:
     source, number = node.args
     meaning = domains.meaning.get(source)  # type: ignore[arg-type]
@@ -587,6 +612,12 @@ def sort_rule(domains: Domains, node: fx.Node) -> Meaning:
     descending = argument(node, len(node.args), "descending", False) or any(
         a is True for a in node.args[2:]
     )
+    value = roles.tensor(source)
+    if value.is_floating_point():
+        if source in domains.meaning or value.dim() < 2:
+            return None
+        ranked = _Ranking(value.dim() - 1, value.shape[-1])
+        return ranked if packet(node) is aten.argsort else (None, ranked)
     before = domains.choice(source)
     if before is None or before.routing is None or len(before.dims) != 1 or descending:
         return None
@@ -665,7 +696,7 @@ def scatter_rule(domains: Domains, node: fx.Node) -> Meaning:
         return None
     if dim % rank != rank - 1 or len(ids.dims) != rank:  # type: ignore[operator]
         return None
-    if any(a.kind == "slot" for space in ids.dims[:-1] for a in space):
+    if any(a.kind == "slot" for space in ids.dims[:-1] for a in space) or not ids.routing.distinct:
         return None
     ids.routing.experts = ids.routing.experts or shape(node)[-1]
     on = source if _literal(source) else _fill(source)
@@ -797,6 +828,16 @@ class _Columns:
     columns: tuple[Index, ...]
 
 
+def gather_rule(domains: Domains, node: fx.Node) -> Meaning:
+    """A gather along dimension 0 with an index that is expanded over features."""
+    index = domains.index(node.args[2])
+    if node.args[1] != 0 or index is None or index.routing is None or index.dims[:1] == ((),):
+        return None
+    if kinds(index.dims[1:]) - {"range"} or kinds((index.to,)) & {"expert", "slot", "range"}:
+        return None
+    return gather_rows(domains, node, node.args[0], 0, [replace(index, dims=index.dims[:1])])  # type: ignore[arg-type]
+
+
 def _indices(domains: Domains, node: fx.Node) -> tuple[int, list[Index]] | None:
     """The first indexed dimension and the maps of an ``index`` or ``index_put``, masks resolved."""
     given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
@@ -880,8 +921,9 @@ def gather_rows(
         known = [a.size for a in target]
         if None not in known and math.prod(known) != size:  # type: ignore[arg-type]
             return None
-    if not routing.certain and not (kinds(dims) & {"sorted"} or kinds((targets[0],)) & {"expert"}):
-        return None
+    selects = kinds(dims) & {"branch"}
+    if selects and not routing.certain and routing.experts is None:
+        return None  # integers compared with a constant need not choose experts: ignored labels
     if kinds(dims) <= {"token", "slot"} and kinds((targets[0],)) != {"expert"}:
         return None if kinds(dims) else None
     return Rows(result, routing)
@@ -929,6 +971,20 @@ def index_add_rule(domains: Domains, node: fx.Node) -> Meaning:
         return _count_by_adding(domains, found, node)
     maps = [replace(found, dims=found.dims[:1])]
     return write_rows(domains, node, base, maps, rows, adds=True)
+
+
+def index_copy_rule(domains: Domains, node: fx.Node) -> Meaning:
+    base, dim, index, rows = node.args[:4]
+    found = domains.index(index)
+    if dim != 0 or found is None:
+        return domains.refuse(node, "it writes rows at places whose meaning is not known")
+    return write_rows(domains, node, base, [found], rows, adds=False)
+
+
+def scatter_reduce_rule(domains: Domains, node: fx.Node) -> Meaning:
+    if argument(node, 4, "reduce") == "sum" and argument(node, 5, "include_self", True):
+        return index_add_rule(domains, node)
+    return domains.refuse(node, "it reduces rows by something other than a sum")
 
 
 def _count_by_adding(domains: Domains, ids: Index, node: fx.Node) -> Meaning:
@@ -1023,10 +1079,22 @@ def cat_rule(domains: Domains, node: fx.Node) -> Meaning:
             return _joined(domains, node, parts, meanings)
     if isinstance(meanings[-1], Counts) and meanings[-1].running and _fill(parts[0]) == 0:
         return None
+    if all(isinstance(m, Index) for m in meanings) and dim % len(shape(node)) == len(shape(node)) - 1:
+        return _several_choices(domains, node, meanings)
     if any(isinstance(m, Counts | Span | Index | Position) for m in meanings):
         return None
     along = positions(node)
     return along_rule(domains, node, along) if along else None
+
+
+def _several_choices(domains: Domains, node: fx.Node, choices: Sequence[Index]) -> Meaning:
+    """Ids chosen one after another, such as an argmax and the next argmax, side by side."""
+    if any(m.routing is None or m.to != (m.routing.expert,) or m.dims[-1] for m in choices):
+        return None
+    experts = {m.routing.experts for m in choices if m.routing}
+    if len(experts) != 1:
+        return None
+    return domains.chosen(node, len(shape(node)) - 1, experts=experts.pop())
 
 
 def _branch(space: Space) -> Axis | None:
@@ -1056,6 +1124,10 @@ def slice_rule(domains: Domains, node: fx.Node) -> Meaning:
     """A slice of sorted rows between two running totals is one expert's."""
     meaning = domains.meaning.get(node.args[0])  # type: ignore[arg-type]
     dim = argument(node, 1, "dim", 0)
+    if isinstance(meaning, _Ranking):
+        if dim % (meaning.lead + 1) != meaning.lead or argument(node, 2, "start") not in (None, 0):
+            return None
+        return domains.chosen(node, meaning.lead, experts=meaning.experts, certain=True)
     if isinstance(meaning, _Columns):
         start, end = argument(node, 2, "start"), argument(node, 3, "end")
         if dim % 2 == 1 and isinstance(start, int) and isinstance(end, int) and end - start == 1:
@@ -1090,10 +1162,6 @@ def _slice_branch(domains: Domains, node: fx.Node, axis: Axis) -> Axis | None:
     if end.stop - start.stop != 1:
         return None
     return Axis("branch", None, axis, start.stop)
-
-
-def narrow_rule(domains: Domains, node: fx.Node) -> Meaning:
-    return domains.refuse(node, "narrow")
 
 
 def slice_scatter_rule(domains: Domains, node: fx.Node) -> Meaning:
@@ -1348,7 +1416,8 @@ def dense_sum_rule(domains: Domains, node: fx.Node, rows: list[Rows]) -> Meaning
     if total is None and a is not None:
         if a.expert == b.expert:
             return None
-        total = Sum(a.dims, a.routing, rows=left, rows_dims=a.dims, added=a.expert, done=True)
+        first = _without_zero(left)
+        total = Sum(a.dims, a.routing, rows=first, rows_dims=a.dims, added=a.expert, done=True)
     elif total is not None and (total.routing is not b.routing or total.dims != b.dims):
         total = None  # another block's sum, such as a residual: an opaque start
     start = None if total is not None or _fill(left) == 0 else left
@@ -1356,6 +1425,15 @@ def dense_sum_rule(domains: Domains, node: fx.Node, rows: list[Rows]) -> Meaning
         b.dims, b.routing, base=total.base if total else start, previous=total, rows=right,
         rows_dims=b.dims, added=b.expert, done=True,
     )  # fmt: skip
+
+
+def _without_zero(node: fx.Node) -> fx.Node:
+    """The other operand of an addition of 0, with which Python's ``sum`` starts."""
+    if packet(node) is aten.add and len(node.args) == 2 and not node.kwargs:
+        for one, other in (node.args, node.args[::-1]):
+            if _literal(one) and one == 0 and isinstance(other, fx.Node):
+                return other
+    return node
 
 
 def along_rule(domains: Domains, node: fx.Node, along: Along) -> Meaning:
@@ -1372,7 +1450,10 @@ def along_rule(domains: Domains, node: fx.Node, along: Along) -> Meaning:
                 return domains.refuse(node, "it joins rows of different domains")
             joint[d] = joint[d] or space
     axes = {a for d in along.mixed if None not in along.kept for a in joint[d]}
-    kept = tuple(() if d is None else joint[d] for d in along.kept)
+    kept = tuple(
+        () if d is None or (shape(node) and _is_one(shape(node)[i])) else joint[d]
+        for i, d in enumerate(along.kept)
+    )
     if axes:
         return mixing_rule(domains, node, first, along, kept, axes)
     on = first.on if len(operands) == 1 and packet(node) in _PIECES else None
@@ -1403,6 +1484,9 @@ def mixing_rule(
             return Rows(kept, rows.routing, off=0)
         case aten.select if found == {"expert"} and isinstance(number := node.args[2], int):
             return replace(_piece(rows), dims=kept, expert=number)
+        case aten.slice if found == {"expert"} and shape(node)[along.mixed[0]] == 1:
+            start = argument(node, 2, "start") or 0
+            return replace(_piece(rows), dims=kept, expert=start) if start >= 0 else None
         case aten.unbind if found == {"expert"}:
             count = shape(node.args[0])[along.mixed[0]]  # type: ignore[arg-type]
             return tuple(replace(_piece(rows), dims=kept, expert=e) for e in range(count))
@@ -1422,7 +1506,7 @@ def reduced(
         if rows.on == 1 and rows.off == 0 and left <= {"expert"} and carried(rows.dims) >= set(routing.pairs):
             return Counts(routing) if left else Span(routing, rows.expert or 0, (rows.expert or 0) + 1)
         return None
-    if narrow and rows.off != 0:
+    if narrow and (rows.off != 0 or ("slot" in found and not routing.distinct)):
         return None
     whole = "slot" not in left and "expert" not in left and rows.expert is None
     if not whole:
@@ -1525,6 +1609,9 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.split, aten.split_with_sizes), split_rule),
     operator.getitem: getitem_rule,
     aten.arange: arange_rule,
+    aten.gather: gather_rule,
+    aten.index_copy: index_copy_rule,
+    aten.scatter_reduce: scatter_reduce_rule,
     aten.one_hot: one_hot_rule,
     aten.eq: compare_rule,
     aten.scatter: scatter_rule,

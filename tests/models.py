@@ -73,6 +73,13 @@ class TopKSoftmaxRouter(SoftmaxRouter):
         return logits.softmax(-1), experts
 
 
+class PlainSoftmaxRouter(SoftmaxRouter):
+    """Softmax over all experts, then top-k, not renormalised (with k = 1, weights of 1 teach nothing)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.topk(self.gate(x).softmax(-1), self.k, dim=-1)
+
+
 class SigmoidGroupRouter(nn.Module):
     """Sigmoid scores, a correction bias that only selects, and expert groups (DeepSeek-V3)."""
 
@@ -604,7 +611,7 @@ MODELS: dict[str, Build] = {
         partial(LoopMask, router=TopKSoftmaxRouter, expert=NormedExpert)
     ),
     "LoopWhere, one expert a token": _language_model(
-        partial(LoopWhere, expert=BiasedExpert), s=Sizes(k=1)
+        partial(LoopWhere, router=PlainSoftmaxRouter, expert=BiasedExpert), s=Sizes(k=1)
     ),
     "SortSlices, three experts a token": _language_model(SortSlices, s=Sizes(k=3)),
     "DenseLoop, biases": _language_model(partial(DenseLoop, expert=BiasedExpert)),
