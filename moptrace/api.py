@@ -14,7 +14,7 @@ from moptrace.errors import MoptraceError, TraceError
 from moptrace.parallel import ParallelModule
 from moptrace.plan import Plan
 
-__all__ = ["parallelize"]
+__all__ = ["made_up", "parallelize"]
 
 EXAMPLE_LENGTH = 16  # tokens of the made-up sequence when no batch is given
 
@@ -31,10 +31,10 @@ def parallelize(
     """Make a single-device model train on all ranks of a mesh, computing the same function.
 
     ``model`` returns a loss: a scalar, a tuple that starts with one, or a mapping or ModelOutput
-    with ``loss``. It is not changed. A model that returns no loss needs ``loss_fn(output, **rest)``;
-    entries of the batch that ``forward`` does not take go there. Parameters may be on the meta
-    device; give them values with ``load_full_state_dict``. Ranks that were initialised differently
-    all take the first rank's values.
+    with ``loss``. It is not changed. A model that returns no loss needs
+    ``loss_fn(output, **rest)``; entries of the batch that ``forward`` does not take go there.
+    Parameters may be on the meta device; give them values with ``load_full_state_dict``. Ranks that
+    were initialised differently all take the first rank's values.
 
     ``mesh`` is any DeviceMesh; its dimension names, if any, set the sizes of the plan. ``plan``
     defaults to ``Plan()``, which chooses. ``batch`` is an example of what one rank will be fed, by
@@ -47,7 +47,7 @@ def parallelize(
     """
     names = mesh.mesh_dim_names
     wanted = (plan or Plan()).merged(Plan.from_mesh(names, tuple(mesh.mesh.shape)))
-    example = dict(batch) if batch is not None else _made_up(model, loss_fn)
+    example = dict(batch) if batch is not None else made_up(model, loss_fn)
     try:
         return ParallelModule(model, mesh, wanted, example, loss_fn, seed)
     except TraceError as error:
@@ -59,10 +59,14 @@ def parallelize(
         ) from error
 
 
-def _made_up(model: nn.Module, loss_fn: Callable[..., Any] | None) -> dict[str, Any]:
+def made_up(
+    model: nn.Module,
+    loss_fn: Callable[..., Any] | None = None,
+    shape: tuple[int, int] = (1, EXAMPLE_LENGTH),
+) -> dict[str, Any]:
     """Token ids for every required argument, and for optional labels."""
     parameters = inspect.signature(model.forward).parameters
-    ids = torch.zeros(1, EXAMPLE_LENGTH, dtype=torch.int64)
+    ids = torch.zeros(shape, dtype=torch.int64)
     required = [
         name
         for name, p in parameters.items()
@@ -70,7 +74,7 @@ def _made_up(model: nn.Module, loss_fn: Callable[..., Any] | None) -> dict[str, 
     ]
     optional = [name for name in ("input_ids", "labels", "targets") if name in parameters]
     if loss_fn is not None:
-        first, *rest = inspect.signature(loss_fn).parameters.values()
+        _, *rest = inspect.signature(loss_fn).parameters.values()
         required += [p.name for p in rest if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         optional = [name for name in optional if name == "input_ids"]
     chosen = dict.fromkeys([*required, *optional])
