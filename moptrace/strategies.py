@@ -114,7 +114,7 @@ GATINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "swiglu": lambda gate, up: F.silu(gate) * up,
     "geglu": lambda gate, up: F.gelu(gate) * up,
     "clamped": lambda gate, up: gate.clamp(max=1.5) * torch.sigmoid(1.7 * gate) * (up + 1),
-    "square": lambda gate, up: F.relu(gate).square() + 0 * up,
+    "square": lambda gate, up: F.relu(gate).square() + up,
 }
 
 
@@ -383,7 +383,7 @@ def model_specs(styles: tuple[str, ...] = tuple(STYLES)) -> SearchStrategy[Model
 
     @st.composite
     def specs(draw: Any) -> ModelSpec:
-        experts = draw(st.integers(1, 9))
+        experts = draw(st.integers(2, 9))
         layers = draw(st.lists(st.sampled_from(["moe", "dense"]), min_size=1, max_size=3))
         return ModelSpec(
             layers=tuple(layers) if "moe" in layers else (*layers, "moe"),

@@ -57,7 +57,8 @@ def test_a_value_is_defined_before_it_is_used(captured: Program) -> None:
         node = first(graph, aten.silu.default)
         graph.output_node().prepend(node)
 
-    with pytest.raises(CheckError, match=r"is used before it is defined, at node %\w+, in module layers\.0"):
+    fault = r"is used before it is defined, at node %\w+, in module layers\.0"
+    with pytest.raises(CheckError, match=fault):
         check(changed(captured, move))
 
 
