@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moptrace.placement import INVARIANT, PARTIAL, REPLICATE, Kind, Layout, Rows, Shard
+from moptrace.placement import Invariant, Kind, Layout, Partial, Replicate, Rows, Shard
 
 __all__ = ["COLLECTIVES", "Collective", "Communicator", "collective", "conversion"]
 
@@ -87,8 +87,8 @@ class Communicator:
         """The active communicator; RuntimeError outside every ``with communicator:``."""
         if not cls._active:
             raise RuntimeError(
-                "a collective ran outside a communicator: call the model that parallelize returned, "
-                "or wrap the call in `with communicator:`"
+                "a collective ran outside a communicator: call the model that parallelize "
+                "returned, or wrap the call in `with communicator:`"
             )
         return cls._active[-1]
 
@@ -401,116 +401,32 @@ _ROWS = "(Tensor rows, Tensor counts, Tensor table, str axis, int length) -> Ten
 _SWAP = "(Tensor x, str axis, int split, int split_length, int join, int join_length) -> Tensor"
 _COUNTS = "(Tensor counts, str axis, int length) -> Tensor"
 
-_shard, _rows = Shard, Rows
-_replicate, _invariant, _partial = type(REPLICATE), type(INVARIANT), type(PARTIAL)
+# What the collectives of one meaning share: schema, meaning, run and shape.
+_GATHER = (_SLICED, _concatenate, _run_gather, _shape_whole)
+_SCATTER = (_SLICED, _sum_and_split, _run_reduce_scatter, _shape_slice)
+_REDUCE = (_PLAIN, _sum, _run_reduce, _shape_same)
+_KEEP = (_PLAIN, _nothing, _run_nothing, _shape_same)
+_TAKE = (_SLICED, _own_slices, _run_take, _shape_slice)
+_PUT = (_SLICED, _zeros_elsewhere, _run_place, _shape_whole)
 
-COLLECTIVES: dict[str, Collective] = {
-    row.name: row
-    for row in (
-        # fmt: off
-        Collective(
-            "all_gather",
-            _shard,
-            _replicate,
-            "reduce_scatter",
-            _SLICED,
-            _concatenate,
-            _run_gather,
-            _shape_whole,
-        ),
-        Collective(
-            "all_gather_invariant",
-            _shard,
-            _invariant,
-            "take_shard",
-            _SLICED,
-            _concatenate,
-            _run_gather,
-            _shape_whole,
-        ),
-        Collective(
-            "reduce_scatter",
-            _partial,
-            _shard,
-            "all_gather",
-            _SLICED,
-            _sum_and_split,
-            _run_reduce_scatter,
-            _shape_slice,
-        ),
-        Collective(
-            "all_reduce", _partial, _replicate, "all_reduce", _PLAIN, _sum, _run_reduce, _shape_same
-        ),
-        Collective(
-            "all_reduce_invariant",
-            _partial,
-            _invariant,
-            "vary",
-            _PLAIN,
-            _sum,
-            _run_reduce,
-            _shape_same,
-        ),
-        Collective(
-            "vary",
-            _invariant,
-            _replicate,
-            "all_reduce_invariant",
-            _PLAIN,
-            _nothing,
-            _run_nothing,
-            _shape_same,
-        ),
-        Collective(
-            "take_shard",
-            _invariant,
-            _shard,
-            "all_gather_invariant",
-            _SLICED,
-            _own_slices,
-            _run_take,
-            _shape_slice,
-        ),
-        Collective(
-            "take_replicated",
-            _replicate,
-            _shard,
-            "place_shard",
-            _SLICED,
-            _own_slices,
-            _run_take,
-            _shape_slice,
-        ),
-        Collective(
-            "place_shard",
-            _shard,
-            _partial,
-            "take_replicated",
-            _SLICED,
-            _zeros_elsewhere,
-            _run_place,
-            _shape_whole,
-        ),
-        Collective(
-            "all_to_all", _shard, _shard, "all_to_all", _SWAP, _swap, _run_swap, _shape_swap
-        ),
-        Collective("send_rows", _rows, _rows, "return_rows", _ROWS, _send, _run_send, _shape_rows),
-        Collective(
-            "return_rows", _rows, _rows, "send_rows", _ROWS, _return, _run_return, _shape_rows
-        ),
-        Collective(
-            "exchange_counts",
-            None,
-            None,
-            None,
-            _COUNTS,
-            _exchange,
-            _run_exchange_counts,
-            _shape_counts,
-        ),
-        # fmt: on
-    )
-}
+_TABLE = (
+    Collective("all_gather", Shard, Replicate, "reduce_scatter", *_GATHER),
+    Collective("all_gather_invariant", Shard, Invariant, "take_shard", *_GATHER),
+    Collective("reduce_scatter", Partial, Shard, "all_gather", *_SCATTER),
+    Collective("all_reduce", Partial, Replicate, "all_reduce", *_REDUCE),
+    Collective("all_reduce_invariant", Partial, Invariant, "vary", *_REDUCE),
+    Collective("vary", Invariant, Replicate, "all_reduce_invariant", *_KEEP),
+    Collective("take_shard", Invariant, Shard, "all_gather_invariant", *_TAKE),
+    Collective("take_replicated", Replicate, Shard, "place_shard", *_TAKE),
+    Collective("place_shard", Shard, Partial, "take_replicated", *_PUT),
+    Collective("all_to_all", Shard, Shard, "all_to_all", _SWAP, _swap, _run_swap, _shape_swap),
+    Collective("send_rows", Rows, Rows, "return_rows", _ROWS, _send, _run_send, _shape_rows),
+    Collective("return_rows", Rows, Rows, "send_rows", _ROWS, _return, _run_return, _shape_rows),
+    Collective(
+        "exchange_counts", None, None, None, _COUNTS, _exchange, _run_exchange_counts, _shape_counts
+    ),
+)
+COLLECTIVES: dict[str, Collective] = {row.name: row for row in _TABLE}
 
 _CONVERSIONS = {
     (row.source, row.target): row.name
@@ -522,7 +438,7 @@ _CONVERSIONS = {
 def conversion(source: Kind, target: Kind) -> str | None:
     """The collective that turns one kind into another, or None if there is none.
 
-    >>> conversion(Shard(0), REPLICATE), conversion(PARTIAL, INVARIANT)
+    >>> conversion(Shard(0), Replicate()), conversion(Partial(), Invariant())
     ('all_gather', 'all_reduce_invariant')
     """
     return _CONVERSIONS.get((type(source), type(target)))

@@ -1,4 +1,4 @@
-"""The module that ``parallelize`` returns: an ordinary ``nn.Module`` with ``DTensor`` parameters."""
+"""The module that ``parallelize`` returns: an ``nn.Module`` with ``DTensor`` parameters."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass, fields, replace
 
 from moptrace.errors import PlanError

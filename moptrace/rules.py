@@ -460,7 +460,9 @@ def spelled(pattern: str, linear: set[int], summed: bool = True) -> Callable[[fx
 
     def rule(node: fx.Node) -> Rule:
         xs = operands(node)
-        extra = max(len(_shape(x)) - len(p.replace("...", "")) for x, p in zip(xs, inputs))
+        extra = max(
+            len(_shape(x)) - len(p.replace("...", "")) for x, p in zip(xs, inputs, strict=True)
+        )
         lead = _dims("b", max(extra, 0))
 
         def dims(term: str, shape: Sequence[int] | None) -> Dims:
@@ -473,7 +475,7 @@ def spelled(pattern: str, linear: set[int], summed: bool = True) -> Callable[[fx
             result = roles.tensor(node).shape
             return (*_broadcast(shape[:own], result[: len(lead)], lead), *named)
 
-        ins = tuple(dims(p, _shape(x)) for x, p in zip(xs, inputs))
+        ins = tuple(dims(p, _shape(x)) for x, p in zip(xs, inputs, strict=True))
         return Rule(ins, (dims(output, None),), frozenset(linear), summed=summed)
 
     return rule
@@ -517,7 +519,7 @@ def einsum(node: fx.Node) -> Rule | None:
 
 def attention(node: fx.Node) -> Rule:
     """Batch and heads can be split; positions must be whole (ring and Ulysses rewrite that)."""
-    query, key, value = operands(node)[:3]
+    query, key, *_ = operands(node)
     lead = _dims("b", len(_shape(query)) - 2)
     kv_lead = lead
     if lead and _shape(query)[-3] != _shape(key)[-3]:  # grouped queries: heads differ
@@ -525,8 +527,8 @@ def attention(node: fx.Node) -> Rule:
         lead = (*lead[:-1], "Q")
     ins: list[Dims] = [(*lead, "S", "E"), (*kv_lead, "T", "E"), (*kv_lead, "T", "F")]
     out = (*lead, "S", "F")
-    for mask in operands(node)[3:]:
-        ins.append(_broadcast(_shape(mask), roles.tensor(node).shape, (*lead, "S", "T")))
+    result, scores = roles.tensor(node).shape, (*lead, "S", "T")
+    ins += [_broadcast(_shape(mask), result, scores) for mask in operands(node)[3:]]
     return Rule(tuple(ins), (out,))
 
 
@@ -588,7 +590,7 @@ def scatter(node: fx.Node) -> Rule:
 
 
 def index(node: fx.Node) -> Rule | None:
-    """x[i, :, j]: indexed dimensions stay whole, the indices' own dimensions come first or in place."""
+    """x[i, :, j]: indexed dimensions stay whole; the indices' own come first or in place."""
     xs = operands(node)
     chosen = list(node.args[1])  # type: ignore[arg-type]
     if any(isinstance(i, fx.Node) and roles.tensor(i).dtype == torch.bool for i in chosen):
@@ -630,9 +632,8 @@ def index_put(node: fx.Node) -> Rule | None:
     values = _shape(xs[-1])
     lead = max(len(values) - len(trailing), 0)
     full = (*(f"I{i}" for i in range(lead)), *trailing)
-    value = tuple(
-        None if n == 1 else f for n, f in zip(values, full[-len(values) :] if values else ())
-    )
+    own = full[len(full) - len(values) :]
+    value = tuple(None if n == 1 else f for n, f in zip(values, own, strict=True))
     return Rule((dims, *indices, value), (dims,))
 
 

@@ -27,8 +27,8 @@ def simulate(
     """Run all ranks of a local program.
 
     ``arguments[r]`` maps the name of every graph input to what rank ``r`` holds. Returns each
-    rank's graph outputs. Differentiable: ``torch.autograd.backward([out[loss] for out in outputs])``
-    runs every rank's backward, each from its own loss.
+    rank's graph outputs. Differentiable: ``torch.autograd.backward`` of all ranks' losses runs
+    every rank's backward, each from its own loss.
     """
     layout = program.layout
     assert layout is not None and len(arguments) == layout.world_size
@@ -60,7 +60,7 @@ def _visit(
     if node.op == "get_attr":
         return [program.constants[str(node.target)] for _ in ranks]
     args = [
-        fx.node.map_arg((node.args, node.kwargs), lambda n, r=r: values[n][r])  # noqa: B023
+        fx.node.map_arg((node.args, node.kwargs), lambda n, r=r: values[n][r])
         for r in range(len(ranks))
     ]
     if node.op == "output":

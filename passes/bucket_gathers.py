@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-import moptrace.kernels.packing
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
 from moptrace.kernels.packing import packed_length

@@ -202,7 +202,7 @@ class _Localizer:
         return self._call(node, COLLECTIVES[name].op, (self.new[x], *arguments), None)
 
     def _blocked(self, node: fx.Node, name: str, axis: str, split: Shard) -> fx.Node:
-        """A collective over each block of a dimension: its blocks become a dimension of their own."""
+        """A collective over each block of a dimension, which becomes one of its own."""
         x = node.args[0]
         assert isinstance(x, fx.Node)
         dim, blocks = split.dim, split.blocks

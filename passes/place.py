@@ -19,7 +19,6 @@ from moptrace.placement import (
     PARTIAL,
     Invariant,
     Kind,
-    Layout,
     Partial,
     Placement,
     Replicate,
