@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moptrace.core import Level
 from moptrace.errors import MoptraceError
@@ -79,7 +80,7 @@ def model() -> nn.Module:
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=32,
+        head_dim=32,  # pyright: ignore[reportCallIssue]  transformers declares it late
         moe_intermediate_size=256,
         num_experts=24,
         num_experts_per_tok=2,
@@ -278,7 +279,8 @@ def _stored_bytes(optimizer: torch.optim.Optimizer) -> int:
     held: list[Any] = []
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         held += [parameter, parameter.grad, *optimizer.state[parameter].values()]
-    own = (x.to_local() if hasattr(x, "to_local") else x for x in held if isinstance(x, Tensor))
+    tensors = [x for x in held if isinstance(x, Tensor)]
+    own = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
     return sum(x.numel() * x.element_size() for x in own)
 
 

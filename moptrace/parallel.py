@@ -396,7 +396,9 @@ def _storage_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
 
 def _connect(storage_mesh: DeviceMesh, layout: Layout, ranks: Sequence[int]) -> Communicator:
     """The process groups of every axis; those of the storage mesh exist already."""
-    groups = {axis.name: storage_mesh.get_group(axis.name) for axis in layout.experts.axes}
+    groups: dict[str, Any] = {
+        axis.name: storage_mesh.get_group(axis.name) for axis in layout.experts.axes
+    }
     everyone = ranks == list(range(dist.get_world_size()))
     home = dist.group.WORLD if everyone else dist.new_group(ranks, use_local_synchronization=True)
     groups[layout.home.axes[0].name] = home

@@ -121,7 +121,7 @@ def _same(node: fx.Node, whole: Sequence[int] = (), **changes: Any) -> Rule:
     """Every operand and result has the dimensions of the first operand; some stay whole."""
     shape = _shape(operands(node)[0])
     dims = _dims("d", len(shape))
-    kept = frozenset(dims[d] for d in whole) if shape else frozenset()
+    kept = frozenset(f"d{d % len(shape)}" for d in whole) if shape else frozenset[str]()
     count = sum(r is not None for r in results(node))
     return Rule((dims,) * len(operands(node)), (dims,) * count, whole=kept, **changes)
 
@@ -445,7 +445,8 @@ def histogram(node: fx.Node) -> Rule | None:
     histc = node.target is aten.histc.default
     if histc and argument(node, 2, "min", 0) == argument(node, 3, "max", 0):
         return None
-    if not isinstance(roles.tensor(node).shape[0], int):
+    bins: Any = roles.tensor(node).shape[0]
+    if not isinstance(bins, int):
         return None
     return Rule((_dims("r", len(shape)),) * len(operands(node)), (("B",),), summed=True)
 

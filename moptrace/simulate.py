@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from moptrace.collectives import COLLECTIVES, Collective, Communicator, collective
 from moptrace.core import Program
@@ -60,8 +61,7 @@ def _visit(
     if node.op == "get_attr":
         return [program.constants[str(node.target)] for _ in ranks]
     args = [
-        fx.node.map_arg((node.args, node.kwargs), lambda n, r=r: values[n][r])
-        for r in range(len(ranks))
+        map_arg((node.args, node.kwargs), lambda n, r=r: values[n][r]) for r in range(len(ranks))
     ]
     if node.op == "output":
         return [own[0][0] for own in args]

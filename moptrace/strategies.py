@@ -62,6 +62,8 @@ class ModelSpec:
 
 
 class _Router(nn.Module):
+    bias: Tensor
+
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.k, self.choose = spec.k, ROUTERS[spec.router]

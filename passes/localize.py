@@ -124,7 +124,7 @@ class _Localizer:
         return new
 
     def _shrink_sizes(self, node: fx.Node, new: fx.Node) -> None:
-        packet = getattr(node.target, "overloadpacket", None)
+        packet: Any = getattr(node.target, "overloadpacket", None)
         if packet in (aten.split, aten.split_with_sizes):
             dim = argument(node, 2, "dim", 0)
             lengths = [piece.shape[dim] for piece in roles.value(new)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
@@ -47,7 +48,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
 
     def call(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         new = graph.call_function(op, args, kwargs)
-        values = torch.utils._pytree.tree_map_only(fx.Node, roles.value, (args, kwargs))
+        values = pytree.tree_map_only(fx.Node, roles.value, (args, kwargs))
         roles.set_value(new, op(*values[0], **values[1]))
         roles.copy_role(new, of=node)
         return new

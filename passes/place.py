@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from moptrace import roles
 from moptrace.collectives import conversion
@@ -72,8 +73,10 @@ def place() -> Pass:
     )
 
 
-_FILLS = {aten.zeros, aten.ones, aten.full, aten.empty}
-_FILLS |= {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
+_FILLS = {
+    *(aten.zeros, aten.ones, aten.full, aten.empty),
+    *(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
+}
 _REARRANGES = {aten.transpose.int, aten.t.default, aten.permute.default}
 _DETACHES = {aten.detach.default}
 
@@ -296,9 +299,7 @@ def _final(kind: Kind, whole: bool) -> Kind:
 
 def _first_step(source: Kind, target: Kind, x: fx.Node) -> Kind | None:
     """The kind to pass through where no single collective converts; None where one does."""
-    moves = isinstance(source, Shard) and isinstance(target, Shard)
-    simple = not moves or (source.dim != target.dim and source.blocks == target.blocks == 1)
-    if simple and conversion(source, target):
+    if conversion(source, target) and not _needs_whole(source, target):
         return None
     for step in (INVARIANT, PARTIAL):
         if conversion(source, step) and conversion(step, target):
@@ -306,6 +307,13 @@ def _first_step(source: Kind, target: Kind, x: fx.Node) -> Kind | None:
     kinds = f"{source} to {target}"
     hint = "Routed rows can only be combined again" if isinstance(source, Rows) else "No collective"
     raise PlacementError(f"{hint}: cannot go from {kinds} at {roles.where(x)}")
+
+
+def _needs_whole(source: Kind, target: Kind) -> bool:
+    """Whether a change of split cannot be an exchange: of blocks, or along one dimension."""
+    if not (isinstance(source, Shard) and isinstance(target, Shard)):
+        return False
+    return source.dim == target.dim or source.blocks > 1 or target.blocks > 1
 
 
 def _is_fill(node: fx.Node) -> bool:
@@ -336,5 +344,5 @@ def _replace_operand(node: fx.Node, position: int, new: fx.Node) -> None:
             return new if count == position else x
         return x
 
-    node.args = fx.node.map_arg(node.args, swap)
-    node.kwargs = fx.node.map_arg(node.kwargs, swap)
+    node.args = map_arg(node.args, swap)
+    node.kwargs = map_arg(node.kwargs, swap)
