@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -72,9 +73,7 @@ def expert_dims(graph: fx.Graph) -> dict[str, int]:
         if node.target not in (ops.grouped_mm.default, ops.expert_rows.default):
             continue
         weight = node.args[1] if node.target is ops.grouped_mm.default else node.args[0]
-        origin = _origin(weight, 0)
-        if origin:
-            found[origin[0].name] = origin[1]
+        found.update((origin.name, dim) for origin, dim in _origins(weight, 0))
     return found
 
 
@@ -84,18 +83,17 @@ def expert_counts(program: Program) -> list[int]:
     return [shapes[name][dim] for name, dim in expert_dims(program.graph).items() if name in shapes]
 
 
-def _origin(node: Any, dim: int) -> tuple[fx.Node, int] | None:
-    """Follow a dimension back to the placeholder that it comes from."""
-    while node.op != "placeholder":
-        rule = rule_for(node) if node.op == "call_function" else None
-        inputs = operands(node)
-        if rule is None or not inputs or len(rule.results) != 1:
-            return None
-        factor = rule.results[0][dim]
-        if factor is None or factor not in rule.operands[0]:
-            return None
-        node, dim = inputs[0], rule.operands[0].index(factor)
-    return node, dim
+def _origins(node: Any, dim: int) -> Iterator[tuple[fx.Node, int]]:
+    """Follow a dimension back to the placeholders that it comes from."""
+    if node.op == "placeholder":
+        yield node, dim
+        return
+    rule = rule_for(node) if node.op == "call_function" else None
+    factor = rule.results[0][dim] if rule is not None and len(rule.results) == 1 else None
+    if rule is not None and factor is not None:
+        for operand, dims in zip(operands(node), rule.operands, strict=True):
+            if factor in dims:
+                yield from _origins(operand, dims.index(factor))
 
 
 def shard_batch(layout: Layout) -> Pass:
