@@ -7,6 +7,7 @@ import operator
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 import moptrace
@@ -32,8 +33,8 @@ class Experts(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.router = nn.Linear(width, experts, bias=False)
-        for name, (a, b) in dict(gate=(width, hidden), up=(width, hidden)).items():
-            setattr(self, name, nn.ModuleList(nn.Linear(a, b, bias=False) for _ in range(experts)))
+        self.gate = nn.ModuleList(nn.Linear(width, hidden, bias=False) for _ in range(experts))
+        self.up = nn.ModuleList(nn.Linear(width, hidden, bias=False) for _ in range(experts))
         self.down = nn.ModuleList(nn.Linear(hidden, width, bias=False) for _ in range(experts))
         self.head = nn.Linear(width, vocabulary, bias=False)
 
@@ -117,7 +118,7 @@ def emit(like: fx.Node, target, *args) -> fx.Node:
     """Call ``target`` before ``like``, in its role."""
     with like.graph.inserting_before(like):
         node = like.graph.call_function(target, args)
-    roles.set_value(node, target(*fx.node.map_arg(args, roles.value)))
+    roles.set_value(node, target(*map_arg(args, roles.value)))
     roles.copy_role(node, of=like)
     return node
 
