@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
-from moptrace.passes.row_domains import RESHAPES, argument, contraction, is_pointwise, packet, shape
+from moptrace.passes.axes import RESHAPES, argument, contraction, is_pointwise, packet, shape
 from moptrace.roles import Component
 
 __all__ = ["classify"]
@@ -176,7 +176,9 @@ def _embeds(node: fx.Node, fixed: set[fx.Node]) -> bool:
     if packet(node) not in (aten.index, aten.index_select) or node.args[0] not in fixed:
         return False
     value = roles.value(node)
-    return isinstance(value, Tensor) and value.is_floating_point() and node.args[0].op == "placeholder"  # type: ignore[union-attr]
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and node.args[0].op == "placeholder"
+    )  # type: ignore[union-attr]
 
 
 def _terms(loss: fx.Node) -> list[fx.Node]:
@@ -289,7 +291,9 @@ def _after_combine(model: _Model, block: int, combine: fx.Node, start: int) -> N
         for other in others:
             shared = _ancestors(
                 [other],
-                lambda n: n in model.active and model.place[n] > start and roles.component(n) is None,
+                lambda n: (
+                    n in model.active and model.place[n] > start and roles.component(n) is None
+                ),
             )
             if any(model.projects(n) for n in shared):
                 for member in shared:
@@ -322,7 +326,7 @@ def sublayers(model: _Model) -> None:
 
 
 def _between_cuts(model: _Model) -> list[list[fx.Node]]:
-    """Groups of consecutive nodes of the main path, each ending in a node that no edge jumps over."""
+    """Consecutive nodes of the main path, each group ending in a cut."""
     number = {node: i for i, node in enumerate(model.main)}
     groups: list[list[fx.Node]] = [[]]
     reach = 0
@@ -366,7 +370,13 @@ def _norm(model: _Model, root: fx.Node) -> list[fx.Node]:
     source = node.all_input_nodes[0]
     if not shape(source) or shape(source)[-1] != model.width or shape(node)[-1:] == (model.width,):
         return []
-    while is_pointwise(source) and packet(source) in (aten.pow, aten.square, aten.mul, aten.abs, aten.sub):
+    while is_pointwise(source) and packet(source) in (
+        aten.pow,
+        aten.square,
+        aten.mul,
+        aten.abs,
+        aten.sub,
+    ):
         found.append(source)
         source = next((n for n in source.all_input_nodes if n in model.active), source)
     if packet(source) is aten._to_copy:

@@ -23,7 +23,7 @@ VOCABULARY = 37
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of a test model: ``width`` d, ``hidden`` f, ``experts`` E, ``k`` experts a token."""
+    """Dimensions of a model: ``width`` d, ``hidden`` f, ``experts`` E, ``k`` experts a token."""
 
     width: int = 8
     hidden: int = 6
@@ -74,7 +74,7 @@ class TopKSoftmaxRouter(SoftmaxRouter):
 
 
 class PlainSoftmaxRouter(SoftmaxRouter):
-    """Softmax over all experts, then top-k, not renormalised (with k = 1, weights of 1 teach nothing)."""
+    """Softmax over all experts, then top-k, not renormalised."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.topk(self.gate(x).softmax(-1), self.k, dim=-1)

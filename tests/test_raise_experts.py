@@ -106,7 +106,10 @@ def test_an_expert_may_get_all_tokens_and_others_none(style: str):
 def test_every_block_has_one_spelling(style: str):
     _, program = built(style)
     dispatches, products, combines = blocks(program)
-    dense_first = "deepseek" in style or style in ("LoopOneHot, shared expert", "SortSlices, balanced")
+    dense_first = "deepseek" in style or style in (
+        "LoopOneHot, shared expert",
+        "SortSlices, balanced",
+    )
     assert dispatches == combines == (1 if dense_first else 2)
     assert products in (2 * combines, 3 * combines)
     assert not MOVEMENT & set(operators(program))
