@@ -230,7 +230,8 @@ def test_no_inserted_node_can_be_deleted_or_doubled_unnoticed() -> None:
 
 # Collectives that the passes insert for these plans, and the nodes around them.
 REACHED = {
-    "all_gather", "all_gather_invariant", "all_reduce", "all_reduce_invariant", "vary", "take_shard",
+    "all_gather", "all_gather_invariant", "all_reduce", "all_reduce_invariant", "vary",
+    "take_shard",
     "exchange_counts", "send_rows", "return_rows", "group_rows", "ungroup_rows", "pack", "unpack",
     "division of an average", "count of labels",
 }  # fmt: skip
