@@ -206,6 +206,8 @@ def _mebibytes(size: int) -> str:
 
 def _in_processes(ranks: int, settings: Settings, progress: Progress) -> Report:
     """Train in ``ranks`` fresh processes; the report of the first."""
+    # Threads that wait actively for each other stand still where other programs run beside them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name = f"{ranks} ranks" if ranks > 1 else "one device"
     task = progress.add_task(name, total=settings.steps, news="starting")
     queue = mp.get_context("spawn").SimpleQueue()
