@@ -10,7 +10,7 @@ mesh, any plan".
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -102,9 +102,7 @@ def eager_training(
     losses: list[Tensor] = []
     for batch in batches:
         losses.append(eager_step(model, batch, loss_fn).loss)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = _gradient(parameter)
+        _fill_gradients(model.parameters())
         update.step()
     return losses, whole_state(model)
 
@@ -112,6 +110,12 @@ def eager_training(
 def _gradient(parameter: Tensor) -> Tensor:
     gradient = parameter.grad
     return torch.zeros_like(parameter) if gradient is None else gradient.detach().clone()
+
+
+def _fill_gradients(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.grad = _gradient(parameter)
 
 
 def unsharded_step(program: Program, whole: Mapping[str, Tensor], batch: Batch) -> Step:
@@ -242,6 +246,8 @@ def simulated_training(
     losses: list[Tensor] = []
     for batch in batches:
         losses.append(ranks.step(batch).loss)
+        for rank in range(len(ranks.ranks)):
+            _fill_gradients(ranks.parameters(rank))
         for update in updates:
             update.step()
     return losses, ranks.weights()

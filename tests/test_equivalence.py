@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import models
 from _report import record_examples
+from double import InFloat64
 from moptrace import Layout, Program, trace
 from moptrace.passes.default import canonical, sharded
 from moptrace.testing import (
@@ -100,9 +101,10 @@ def subject(name: str, implementation: str = "grouped_mm") -> Subject:
         traced.load_state_dict(model.state_dict())
     else:
         model = traced = models.build(name)
-    program = canonical()(trace(traced, models.batch(seed=7, size=SEQUENCES, length=4)))
     batch = uneven_batch(seed=1)
-    return Subject(model, program, batch, eager_step(model, batch))
+    with InFloat64():
+        program = canonical()(trace(traced, models.batch(seed=7, size=SEQUENCES, length=4)))
+        return Subject(model, program, batch, eager_step(model, batch))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,8 +139,16 @@ def test_three_steps_of_an_optimizer_give_the_same_weights(name: str) -> None:
     steps = [uneven_batch(seed) for seed in (1, 2, 3)]
     for optimizer in OPTIMIZERS.values():
         for ranks, ep, edp in ((2, 2, "shard"), (4, 2, "replicate"), (3, 3, "shard")):
-            assert_same_training(it.local(ranks, ep, edp), it.model, steps, optimizer)
+            with InFloat64():
+                assert_same_training(it.local(ranks, ep, edp), it.model, steps, optimizer)
             record_examples()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_compared_is_float64(name: str) -> None:
+    it = subject(name)
+    assert it.want.loss.dtype == torch.float64
+    assert {g.dtype for g in it.want.gradients.values()} == {torch.float64}
 
 
 def test_an_expert_that_no_token_chose_has_a_gradient_of_zeros() -> None:

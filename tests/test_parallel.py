@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import models
+from double import InFloat64
 from gloo import RankFailure, Ranks
 from moptrace import ParallelModule, Plan, errors, parallel, parallelize
 from moptrace.core import Program
@@ -133,9 +134,12 @@ def on_rank_every_split(name: str) -> None:
     world_size = dist.get_world_size()
     reference = build(name)
     for number, ep in enumerate(d for d in (1, 2, 4) if world_size % d == 0):
-        wrapped, _ = parallel_of(name, ep, ("shard", "replicate")[number % 2])
-        batch = batch_for(name, number + 1)
-        assert_same_step(step_of(wrapped, name, batch), eager_step(reference, batch))
+        with InFloat64():
+            wrapped, _ = parallel_of(name, ep, ("shard", "replicate")[number % 2])
+            batch = batch_for(name, number + 1)
+            want = eager_step(reference, batch)
+            assert want.loss.dtype == torch.float64
+            assert_same_step(step_of(wrapped, name, batch), want)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -210,8 +214,13 @@ def test_three_clipped_steps_give_the_same_weights(
     ranks(world_size)(on_rank_three_steps, SMALL, ep, optimizer)
 
 
+def on_rank_three_exact_steps(*how: Any) -> None:
+    with InFloat64():
+        on_rank_three_steps(*how)
+
+
 def test_three_steps_of_a_hugging_face_model_give_the_same_weights(ranks: Pools) -> None:
-    ranks(4)(on_rank_three_steps, "qwen3_moe", 2, "AdamW, foreach")
+    ranks(4)(on_rank_three_exact_steps, "qwen3_moe", 2, "AdamW, foreach")
 
 
 # --- state ----------------------------------------------------------------------------------------
