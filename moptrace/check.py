@@ -269,9 +269,14 @@ class _Placements:
     def _others_unchanged(self, node: fx.Node, x: fx.Node, axis: str) -> Faults:
         view = self.layout.view_of(axis)
         before, after = self._said(x, view), self._said(node, view)
+        changed = {k.dim for p in (before, after) if isinstance(k := p.kind(axis), Shard)}
+        inner = False
         for other, a, b in zip(view.axes, before.kinds, after.kinds, strict=True):
             if other.name != axis and other.size > 1 and a != b:
                 yield node, f"a change along {axis} also changed {other.name} from {a} to {b}"
+            if inner and other.size > 1 and isinstance(a, Shard) and a.dim in changed:
+                yield node, f"{axis} splits what {other.name}, inside it, still splits"
+            inner |= other.name == axis
 
     def _kind(self, node: fx.Node, axis: str) -> Kind:
         return self._said(node, self.layout.view_of(axis)).kind(axis)

@@ -18,6 +18,8 @@ from moptrace.infer import Held, infer, satisfies
 from moptrace.placement import (
     INVARIANT,
     PARTIAL,
+    REPLICATE,
+    Axis,
     Invariant,
     Kind,
     Partial,
@@ -215,16 +217,25 @@ class _Placer:
         home_now, home_wanted = self.layout.normalised(now), self.layout.normalised(wanted)
         if home_now.view == home_wanted.view:
             now, wanted = home_now, home_wanted
+        middle = _untangled(now, wanted)
+        for axis in reversed(now.view.axes):  # inner slices are gathered before outer ones
+            x, now = self._step(x, now, axis, middle.kind(axis.name), before)
         for axis in now.view.axes:
-            source, target = now.kind(axis.name), wanted.kind(axis.name)
-            if axis.size == 1 or source == target:
-                continue
-            now = now.with_kind(axis.name, target)
-            key = (x, axis.name, target)
-            if key not in self.moved:
-                self.moved[key] = self._convert(x, axis.name, source, target, now, before)
-            x = self.moved[key]
+            x, now = self._step(x, now, axis, wanted.kind(axis.name), before)
         return x
+
+    def _step(
+        self, x: fx.Node, now: Placement, axis: Axis, target: Kind, before: fx.Node
+    ) -> tuple[fx.Node, Placement]:
+        """Convert along one axis, once for all uses."""
+        source = now.kind(axis.name)
+        if axis.size == 1 or source == target:
+            return x, now
+        now = now.with_kind(axis.name, target)
+        key = (x, axis.name, target)
+        if key not in self.moved:
+            self.moved[key] = self._convert(x, axis.name, source, target, now, before)
+        return self.moved[key], now
 
     def _move_under(
         self, x: fx.Node, now: Placement, wanted: Placement, before: fx.Node
@@ -307,6 +318,28 @@ def _first_step(source: Kind, target: Kind, x: fx.Node) -> Kind | None:
     kinds = f"{source} to {target}"
     hint = "Routed rows can only be combined again" if isinstance(source, Rows) else "No collective"
     raise PlacementError(f"{hint}: cannot go from {kinds} at {roles.where(x)}")
+
+
+def _untangled(now: Placement, wanted: Placement) -> Placement:
+    """Where to stop on the way: nothing split that an axis outside it is about to split anew.
+
+    Slices along an inner axis are slices of the outer axis's slice. Before the outer split of a
+    dimension changes, its inner splits are gathered; they are taken again afterwards.
+    """
+    kinds: list[Kind] = []
+    for position, (have, want) in enumerate(zip(now.kinds, wanted.kinds, strict=True)):
+        outer = zip(now.kinds[:position], wanted.kinds[:position], strict=True)
+        if not isinstance(have, Shard):
+            kinds.append(have)
+        elif any(a != b and have.dim in (_split_dim(a), _split_dim(b)) for a, b in outer):
+            kinds.append(REPLICATE if want == have else want)
+        else:
+            kinds.append(want)
+    return Placement(now.view, tuple(kinds))
+
+
+def _split_dim(kind: Kind) -> int | None:
+    return kind.dim if isinstance(kind, Shard) else None
 
 
 def _needs_whole(source: Kind, target: Kind) -> bool:
