@@ -1,0 +1,544 @@
+"""Step time of moptrace, FSDP2 and hand-written expert parallelism, side by side in one run.
+
+    python benchmarks/step_time.py
+    python benchmarks/step_time.py --systems fsdp2 by-hand --tokens 512 --no-gate
+
+Four gloo ranks train the model of ``models.py`` from the same weights on the same tokens. Every
+system must first give the single-process model's loss, its gradients and its loss after one
+optimizer step to 1e-4; then the systems take turns, so that whatever else the machine does meets
+all of them. FSDP2 is tuned in the same run and its best setting is compared. The exit status is 1
+when a system is wrong, or moptrace slower than ``GATES`` allow: ``--no-gate`` reports only that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import by_hand
+from by_hand import ByHand, FastExperts
+from models import Experts, MoEConfig, MoEDecoder
+from report import command, device, markdown, versions
+
+RANKS = 4
+LENGTH = 512  # of a sequence
+TOLERANCE = 1e-4
+LEARNING_RATE = 1e-4
+COMPILE_LIMIT = 120.0  # seconds
+SYSTEMS = ("fsdp2", "by-hand", "moptrace")
+
+# What moptrace must reach, as its speed over another system's, by tokens per rank (None: any).
+GATES: dict[tuple[str, int | None], float] = {
+    ("by-hand", None): 0.95,
+    ("fsdp2", 512): 10.4,
+    ("fsdp2", 4096): 8.2,
+}
+
+# The same for every system. Each step allocates its gradients and gathered weights anew; "reuse"
+# keeps that memory in the process, where "libc" (the C library as it comes) gives it back to the
+# kernel each time and pays for the page faults. FSDP2 gains the most, so "reuse" is its fair rival.
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "libc": {},
+    "reuse": {
+        "THP_MEM_ALLOC_ENABLE": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    },
+}
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    tokens: tuple[int, ...]
+    rounds: int
+    systems: tuple[str, ...]
+    config: MoEConfig
+    allocator: str
+    gate: bool
+    results: Path
+
+
+# ------------------------------------------------------------------------------------- systems
+
+
+class System(ABC):
+    """One way to train the model; every rank holds a part of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def step(self, batch: Batch) -> Tensor:
+        """Forward, backward and AdamW on this rank's tokens; the loss as ``backward`` gives it."""
+        self.optimizer.zero_grad()
+        loss = self.backward(batch)
+        self.optimizer.step()
+        return loss
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Leave the global mean loss's gradients in the parameters; return that loss."""
+        loss = self.model(**batch)
+        loss.backward()
+        return loss.detach()
+
+    @abstractmethod
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Every gradient under the single-device model's names, on every rank."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A choice of what FSDP2 can be tuned over."""
+
+    reshard: bool
+    compiled: bool
+    experts: type[Experts] = FastExperts
+
+    def __str__(self) -> str:
+        kernel = "experts as by hand" if self.experts is FastExperts else "F.grouped_mm experts"
+        return (
+            f"reshard_after_forward={self.reshard}, {'compiled' if self.compiled else 'eager'}, "
+            f"{kernel}"
+        )
+
+
+class Fsdp2(System):
+    """``fully_shard`` on each layer and on the root."""
+
+    def __init__(self, config: MoEConfig, whole: MoEDecoder, setting: Setting) -> None:
+        model = MoEDecoder(config, setting.experts)
+        model.load_state_dict(whole.state_dict())
+        mesh = init_device_mesh("cpu", (RANKS,))
+        for layer in model.layers:
+            if setting.compiled:
+                layer.compile()
+            fully_shard(layer, mesh=mesh, reshard_after_forward=setting.reshard)
+        fully_shard(model, mesh=mesh, reshard_after_forward=setting.reshard)
+        super().__init__(model)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        return {name: g.full_tensor() for name, g in gradients.items() if isinstance(g, DTensor)}
+
+
+class HandWritten(System):
+    """``by_hand.py``."""
+
+    model: ByHand
+
+    def __init__(self, config: MoEConfig, whole: MoEDecoder) -> None:
+        super().__init__(ByHand(config, whole))
+
+    def backward(self, batch: Batch) -> Tensor:
+        return self.model.backward(**batch)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        return self.model.full_gradients()
+
+
+class Moptrace(System):
+    """``moptrace.parallelize`` on the single-device model."""
+
+    def __init__(self, whole: MoEDecoder) -> None:
+        import moptrace
+
+        mesh = init_device_mesh("cpu", (RANKS,))
+        plan = moptrace.Plan(ep=RANKS)
+        self.parallel = moptrace.parallelize(whole, mesh, plan=plan)
+        super().__init__(self.parallel)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        gradients = self.parallel.full_gradients()
+        return {name: g for name, g in gradients.items() if g is not None}
+
+
+# ------------------------------------------------------------------------------------ checking
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the single-process model gives on the global batch."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    next_loss: float
+
+
+def reference(whole: MoEDecoder, batches: list[Batch]) -> Reference:
+    """Loss, gradients, and the loss after one AdamW step, on the batches of all ranks."""
+    model = copy.deepcopy(whole)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+    loss = model(**batch)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    with torch.no_grad():
+        return Reference(loss.item(), gradients, model(**batch).item())
+
+
+def disagreement(system: System, expected: Reference | None, batch: Batch) -> float:
+    """The largest difference from the reference, relative to the largest value; on every rank."""
+    loss = mean_over_ranks(system.backward(batch))
+    gradients = system.full_gradients()
+    system.optimizer.step()
+    system.optimizer.zero_grad()
+    next_loss = mean_over_ranks(system.backward(batch))
+    worst = torch.zeros(())
+    if expected is not None:
+        if gradients.keys() != expected.gradients.keys():
+            missing = sorted(gradients.keys() ^ expected.gradients.keys())
+            raise SystemExit(f"{type(system).__name__}: gradients differ in names: {missing}")
+        errors = [
+            abs(loss / expected.loss - 1),
+            abs(next_loss / expected.next_loss - 1),
+            *(
+                float((gradients[name] - g).abs().max() / g.abs().max())
+                for name, g in expected.gradients.items()
+            ),
+        ]
+        worst = torch.tensor(max(errors))
+    dist.broadcast(worst, 0)
+    return worst.item()
+
+
+def mean_over_ranks(loss: Tensor) -> float:
+    """FSDP2 returns each rank's own loss, the others the global one: the mean serves all."""
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / RANKS
+
+
+# -------------------------------------------------------------------------------------- timing
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A step's time from all ranks ready to all ranks done, and the processor time of all ranks."""
+
+    wall: float
+    processor: float
+
+
+def timed_step(system: System, batch: Batch) -> Seconds:
+    dist.barrier()
+    start, used = time.perf_counter(), time.process_time()
+    system.step(batch)
+    dist.barrier()
+    wall, used = time.perf_counter() - start, time.process_time() - used
+    times = torch.tensor([wall / RANKS, used], dtype=torch.float64)
+    dist.all_reduce(times)
+    return Seconds(*times.tolist())
+
+
+def one_round(systems: dict[str, System], batch: Batch) -> Iterator[tuple[str, Seconds]]:
+    """The systems' steps in turn: one of FSDP2, three of each fast system."""
+    for turn in range(3):
+        for name, system in systems.items():
+            if name != "fsdp2" or turn == 0:
+                yield name, timed_step(system, batch)
+
+
+# ------------------------------------------------------------------------------------- one rank
+
+
+@dataclass
+class Outcome:
+    """What one number of tokens per rank gave."""
+
+    tokens: int
+    disagreements: dict[str, float]
+    tuning: dict[str, str]
+    seconds: dict[str, list[Seconds]]
+
+    def median(self, system: str) -> float:
+        return statistics.median(s.wall for s in self.seconds[system])
+
+    def processor(self, system: str) -> float:
+        return statistics.median(s.processor for s in self.seconds[system])
+
+    def ratio(self, fast: str, slow: str) -> float:
+        """How many times as fast ``fast`` is."""
+        return self.median(slow) / self.median(fast)
+
+    def failures(self) -> list[str]:
+        """The gates that moptrace misses."""
+        found: list[str] = []
+        for (other, tokens), least in GATES.items():
+            if {other, "moptrace"} <= self.seconds.keys() and tokens in (None, self.tokens):
+                ratio = self.ratio("moptrace", other)
+                if ratio < least:
+                    found.append(
+                        f"moptrace runs at {ratio:.2f}x the speed of {other} at {self.tokens:,} "
+                        f"tokens, under {least}x"
+                    )
+        return found
+
+
+def batches(tokens: int, vocabulary: int) -> list[Batch]:
+    """Each rank's ``[B, T]`` tokens and the labels, the next ones."""
+    length = min(tokens, LENGTH)
+    generator = torch.Generator().manual_seed(1)
+    shape = (RANKS, tokens // length, length + 1)
+    text = torch.randint(vocabulary, shape, generator=generator)
+    return [{"input_ids": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous()} for t in text]
+
+
+@dataclass
+class Bench:
+    """All systems at one number of tokens per rank, on one rank."""
+
+    options: Options
+    tokens: int
+    status: Status
+
+    def __post_init__(self) -> None:
+        config = self.options.config
+        self.whole = MoEDecoder(config).reset_parameters()
+        every = batches(self.tokens, config.vocabulary)
+        self.batch = every[dist.get_rank()]
+        self.say("the single-process model")
+        self.expected = reference(self.whole, every) if dist.get_rank() == 0 else None
+        self.disagreements: dict[str, float] = {}
+        self.tuning: dict[str, str] = {}
+
+    def say(self, what: str) -> None:
+        self.status.update(f"{self.tokens:,} tokens per rank: {what}")
+
+    def checked(self, name: str, system: System) -> System:
+        """The system, once it is known to compute the model's function."""
+        error = disagreement(system, self.expected, self.batch)
+        self.disagreements[name] = error
+        if not error <= TOLERANCE:
+            raise SystemExit(
+                f"{name} is off by {error:.1e} at {self.tokens:,} tokens, over {TOLERANCE:.0e}"
+            )
+        return system
+
+    def fsdp2(self, setting: Setting) -> System:
+        self.say(f"FSDP2, {setting}")
+        return self.checked(f"fsdp2, {setting}", Fsdp2(self.options.config, self.whole, setting))
+
+    def tuned_fsdp2(self, no_compile: str | None) -> System:
+        """FSDP2 in its fastest setting: each is tried for two steps, one setting at a time."""
+        settings = [Setting(reshard, compiled=False) for reshard in (True, False)]
+        settings.append(Setting(reshard=False, compiled=False, experts=Experts))
+        if no_compile is None:
+            settings += [replace(s, compiled=True) for s in settings if s.experts is FastExperts]
+        else:
+            self.tuning["compiled"] = no_compile
+        seconds: dict[Setting, float] = {}
+        for setting in settings:
+            system = self.fsdp2(setting)
+            seconds[setting] = min(timed_step(system, self.batch).wall for _ in range(2))
+            self.tuning[str(setting)] = f"{seconds[setting] * 1e3:,.0f} ms"
+            del system
+            gc.collect()
+        return self.fsdp2(min(seconds, key=seconds.__getitem__))
+
+    def system(self, name: str, no_compile: str | None) -> System:
+        if name == "fsdp2":
+            return self.tuned_fsdp2(no_compile)
+        self.say(name)
+        if name == "by-hand":
+            return self.checked(name, HandWritten(self.options.config, self.whole))
+        return self.checked(name, Moptrace(self.whole))
+
+    def measure(self, no_compile: str | None) -> Outcome:
+        """Check, tune and time every system."""
+        systems = {name: self.system(name, no_compile) for name in self.options.systems}
+        for name, system in systems.items():
+            self.say(f"warming up {name}")
+            for _ in range(1 if name == "fsdp2" else 5):
+                system.step(self.batch)
+        timings: dict[str, list[Seconds]] = {name: [] for name in systems}
+        for done in range(self.options.rounds):
+            self.say(f"timing, round {done + 1} of {self.options.rounds}")
+            for name, seconds in one_round(systems, self.batch):
+                timings[name].append(seconds)
+        return Outcome(self.tokens, self.disagreements, self.tuning, timings)
+
+
+@contextmanager
+def process_group(rank: int, rendezvous: str) -> Iterator[None]:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    gc.disable()  # a collection in one rank's step is a wait in all others'
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=RANKS)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run_rank(rank: int, rendezvous: str, options: Options, no_compile: str | None) -> None:
+    """What each process of the benchmark does; rank 0 reports, and exits with the verdict."""
+    failures: list[str] = []
+    with process_group(rank, rendezvous):
+        console = Console(quiet=rank != 0)
+        kernel = by_hand.choose_matmul()
+        outcomes: list[Outcome] = []
+        with console.status("starting") as status:
+            for tokens in options.tokens:
+                outcomes.append(Bench(options, tokens, status).measure(no_compile))
+                console.print(*tables(outcomes[-1]))
+        failures = [failure for outcome in outcomes for failure in outcome.failures()]
+        if rank == 0:
+            write_results(options, outcomes, kernel, failures)
+            console.print(f"written to {options.results}")
+            for failure in failures:
+                console.print(f"[red]{failure}")
+    if rank == 0 and failures and options.gate:
+        sys.exit(1)
+
+
+def try_compile(rank: int, rendezvous: str, options: Options) -> None:
+    """One compiled FSDP2 step of each size, which also fills the compiler's cache."""
+    with process_group(rank, rendezvous):
+        whole = MoEDecoder(options.config).reset_parameters()
+        system = Fsdp2(options.config, whole, Setting(reshard=True, compiled=True))
+        for tokens in options.tokens:
+            system.step(batches(tokens, options.config.vocabulary)[rank])
+
+
+def why_no_compile(options: Options) -> str | None:
+    """None if FSDP2 with torch.compile works within the limit, else the reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(try_compile, (f"{folder}/store", options), nprocs=RANKS, join=False)
+        assert context is not None
+        deadline = time.monotonic() + COMPILE_LIMIT
+        try:
+            while time.monotonic() < deadline:
+                if context.join(timeout=1.0):
+                    return None
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            return f"failed: {str(error).strip().splitlines()[-1][:200]}"
+        for process in filter(None, context.processes):
+            process.kill()
+            process.join()
+    return f"gave up after {COMPILE_LIMIT:.0f} s of compiling"
+
+
+# ------------------------------------------------------------------------------------ reporting
+
+
+def tables(outcome: Outcome) -> tuple[Table, ...]:
+    """The step times, the ratio of each pair, and how FSDP2 was tuned."""
+    times = Table(title=f"{outcome.tokens:,} tokens per rank")
+    times.add_column("system")
+    for column in ("median ms", "best ms", "worst ms", "CPU ms, all ranks", "tokens/s", "error"):
+        times.add_column(column, justify="right")
+    for name, seconds in outcome.seconds.items():
+        walls = [s.wall for s in seconds]
+        errors = [e for key, e in outcome.disagreements.items() if key.startswith(name)]
+        shown = (outcome.median(name), min(walls), max(walls), outcome.processor(name))
+        times.add_row(
+            name,
+            *(f"{value * 1e3:,.0f}" for value in shown),
+            f"{RANKS * outcome.tokens / outcome.median(name):,.0f}",
+            f"{max(errors):.1e}",
+        )
+    pairs = Table(title="times as fast, by medians")
+    for column in ("system", "as", "ratio", "by CPU time"):
+        pairs.add_column(column, justify="left" if column in ("system", "as") else "right")
+    names = list(outcome.seconds)
+    for place, slow in enumerate(names):
+        for fast in names[place + 1 :]:
+            less = outcome.processor(slow) / outcome.processor(fast)
+            pairs.add_row(fast, slow, f"{outcome.ratio(fast, slow):.2f}x", f"{less:.2f}x")
+    tuned = Table(title="FSDP2, each setting (better of two steps)")
+    tuned.add_column("setting")
+    tuned.add_column("step", justify="right")
+    for setting, result in outcome.tuning.items():
+        tuned.add_row(setting, result)
+    return (times, pairs, tuned) if outcome.tuning else (times, pairs)
+
+
+def write_results(
+    options: Options, outcomes: list[Outcome], kernel: str, failures: list[str]
+) -> None:
+    text = [
+        f"# Step time, {date.today()}",
+        "",
+        f"- command: `{command()}`",
+        f"- device: {device()}; {RANKS} gloo ranks, 1 thread each",
+        f"- versions: {versions('torch')}",
+        f"- model: {options.config}; float32",
+        f"- timing: {options.rounds} interleaved rounds, medians; AdamW(fused=True) included",
+        f"- memory allocator: {options.allocator}; experts by hand: {kernel} matmul",
+        f"- verdict: {'; '.join(failures) or 'every check and gate holds'}",
+        "",
+    ]
+    for outcome in outcomes:
+        text += [f"## {outcome.tokens:,} tokens per rank", ""]
+        text += [markdown(table) for table in tables(outcome)]
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text("\n".join(text))
+
+
+def parse() -> Options:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096], help="per rank")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--layers", type=int, default=MoEConfig.layers)
+    parser.add_argument("--allocator", choices=ALLOCATORS, default="reuse")
+    parser.add_argument("--no-gate", action="store_true", help="only report")
+    given = parser.parse_args()
+    return Options(
+        tokens=tuple(given.tokens),
+        rounds=given.rounds,
+        systems=tuple(name for name in SYSTEMS if name in given.systems),
+        config=MoEConfig(layers=given.layers),
+        allocator=given.allocator,
+        gate=not given.no_gate,
+        results=Path(__file__).parent / "results" / f"step_time-{date.today()}.md",
+    )
+
+
+def main() -> None:
+    options = parse()
+    os.environ.update(OMP_NUM_THREADS="1", **ALLOCATORS[options.allocator])
+    console = Console()
+    no_compile: str | None = None
+    if "fsdp2" in options.systems:
+        with console.status("compiling FSDP2's layers"):
+            no_compile = why_no_compile(options)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.spawn(run_rank, (f"{folder}/store", options, no_compile), nprocs=RANKS)
+        except mp.ProcessExitedException as error:
+            sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
