@@ -6,9 +6,10 @@ An *axis* is something that a dimension counts. A dimension carries a tuple of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -30,6 +31,7 @@ __all__ = [
     "is_one",
     "is_pointwise",
     "kinds",
+    "numel",
     "packet",
     "permutation",
     "positions",
@@ -51,14 +53,14 @@ class Axis:
     expert: int | None = None
 
 
-Space = tuple[Axis, ...]
-Dims = tuple[Space, ...]
+Space: TypeAlias = tuple[Axis, ...]
+Dims: TypeAlias = tuple[Space, ...]
 
 
 # ---- Reading nodes -------------------------------------------------------------------------------
 
 
-_ALIASES = {aten.concat: aten.cat, aten.concatenate: aten.cat}
+_ALIASES: dict[Any, Any] = {aten.concat: aten.cat, aten.concatenate: aten.cat}
 
 
 def packet(node: fx.Node) -> Any:
@@ -80,7 +82,13 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
         value = value[0]
     if not isinstance(value, Tensor):
         return ()
-    return tuple(n if isinstance(n, int) else str(n) for n in value.shape)
+    sizes: tuple[Any, ...] = tuple(value.shape)
+    return tuple(n if isinstance(n, int) else str(n) for n in sizes)
+
+
+def numel(node: fx.Node) -> int:
+    """The number of elements, not counting sizes that depend on routing."""
+    return math.prod(n for n in shape(node) if isinstance(n, int))
 
 
 def tensors(node: fx.Node) -> list[fx.Node]:
@@ -140,7 +148,7 @@ def reshaped(before: Sequence[Any], dims: Dims, after: Sequence[Any]) -> Dims | 
     atoms.reverse()
     result: list[Space] = []
     for size in after:
-        space: list[Axis] = []
+        merged: list[Axis] = []
         features, have = False, 1
         while not is_one(size) and not (isinstance(size, int) and have == size):
             if not atoms:
@@ -157,15 +165,15 @@ def reshaped(before: Sequence[Any], dims: Dims, after: Sequence[Any]) -> Dims | 
                     have *= length
                     continue
                 break
-            space.append(axis)
+            merged.append(axis)
             if not (isinstance(length, int) and isinstance(size, int)):
                 break
             have *= length
             if have > size:
                 return None
-        if space and features:
+        if merged and features:
             return None
-        result.append(tuple(space))
+        result.append(tuple(merged))
     return None if atoms else tuple(result)
 
 
@@ -192,7 +200,8 @@ def permutation(node: fx.Node) -> list[int] | None:
             return order
         case aten.t | aten.numpy_T | aten.mT | aten.adjoint | aten.matrix_H:
             return [*order[:-2], *reversed(order[-2:])]
-    return None
+        case _:
+            return None
 
 
 # Operators that treat each position of all but some dimensions alike: the place of ``dim`` among
@@ -317,6 +326,8 @@ def contraction(node: fx.Node) -> Contraction | None:
             if any(len(set(side)) < len(side) for side in letters):
                 return None
             return Contraction(tuple(args[1]), letters, _letters(sides[1]))
+        case _:
+            pass
     if node.target is torch.ops.moptrace.grouped_mm.default:
         letters = (("s", "k"), ("e", "k", "n"))
         return Contraction((args[0], args[1]), letters, ("s", "n"), grouped="e")

@@ -31,6 +31,7 @@ from moptrace.passes.axes import (
     contraction,
     is_pointwise,
     kinds,
+    numel,
     packet,
     permutation,
     shape,
@@ -207,7 +208,7 @@ def _weighs_values(node: fx.Node, meaning: Rows) -> bool:
         return False
     if meaning.expert is None and "expert" not in kinds(meaning.dims):
         return False
-    size = _numel(node)
+    size = numel(node)
     stack, seen = [node], set[fx.Node]()
     while stack:
         for user in stack.pop().users:
@@ -215,7 +216,7 @@ def _weighs_values(node: fx.Node, meaning: Rows) -> bool:
                 continue
             seen.add(user)
             product = packet(user) is aten.mul or contraction(user) is not None
-            if product and any(_numel(x) > size for x in tensors(user)) and not _routes(user):
+            if product and any(numel(x) > size for x in tensors(user)) and not _routes(user):
                 return True
             if (
                 is_pointwise(user)
@@ -231,10 +232,6 @@ def _weighs_values(node: fx.Node, meaning: Rows) -> bool:
             ):
                 stack.append(user)
     return False
-
-
-def _numel(node: fx.Node) -> int:
-    return math.prod(n for n in shape(node) if isinstance(n, int))
 
 
 def _routes(node: fx.Node, depth: int = 6) -> bool:

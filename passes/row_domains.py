@@ -259,7 +259,8 @@ def fill_of(node: Any) -> Any:
             return node.args[2] if is_literal(node.args[2]) else None
         case aten.clone | aten._to_copy | aten.expand:
             return fill_of(node.args[0])
-    return None
+        case _:
+            return None
 
 
 def without_history(meaning: Rows | Index) -> Rows | Index:
@@ -274,7 +275,7 @@ def aligned(dims: Dims, rank: int) -> Dims:
 
 
 def span_of(domains: Domains, value: Any) -> Span | None:
-    if value == 0 and isinstance(value, int):
+    if isinstance(value, int) and value == 0:
         return Span(None, 0, 0)
     meaning = domains.meaning.get(value) if isinstance(value, fx.Node) else None
     return meaning if isinstance(meaning, Span) else None

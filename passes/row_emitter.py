@@ -38,7 +38,7 @@ def refusal(node: fx.Node, what: str, instead: str = "") -> RoleError:
     )
 
 
-def features_of(node: fx.Node, dims: Dims) -> list[int]:
+def features_of(node: fx.Node, dims: Dims) -> list[Any]:
     return [n for n, space in zip(shape(node), dims, strict=True) if not space]
 
 

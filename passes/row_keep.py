@@ -24,6 +24,7 @@ from moptrace.passes.axes import (
     carried,
     is_one,
     kinds,
+    numel,
     packet,
     positions,
     reshaped,
@@ -157,18 +158,9 @@ def pointwise_rule(domains: Domains, node: fx.Node) -> Meaning:
         if off is None:
             return None
     if result.total and packet(node) not in CASTS:
-        features = [
-            math.prod(
-                n
-                for n, d in zip(
-                    shape(x), aligned(((),) * len(shape(x)), len(shape(x))), strict=True
-                )
-            )
-            for x in operands
-            if domains.rows(x) is None
-        ]
+        wide = [numel(x) for x in operands if domains.rows(x) is None]
         tokens = math.prod(a.size or 1 for a in routing.tokens)
-        if packet(node) is not aten.mul or any(f > tokens for f in features):
+        if packet(node) is not aten.mul or max(wide, default=0) > tokens:
             return None
     return result
 
@@ -211,6 +203,8 @@ def _constant(node: fx.Node, domains: Domains, at: str) -> Any:
             return _or_none(args[0])
         case aten.dropout:
             return 0 if args[0] == 0 and is_literal(args[0]) else None
+        case _:
+            pass
     if any(x is _UNKNOWN for x in args) or any(
         isinstance(v, fx.Node) for v in node.kwargs.values()
     ):
@@ -281,7 +275,7 @@ def along_rule(domains: Domains, node: fx.Node, along: Along) -> Meaning:
     first = next((m for m in meanings if m is not None), None)
     if first is None:
         return None
-    joint = [()] * len(first.dims)
+    joint: list[Space] = [()] * len(first.dims)
     for m in meanings:
         for d, space in enumerate(m.dims if m else ()):
             if space and joint[d] and joint[d] != space:
@@ -332,6 +326,8 @@ def mixing_rule(
         case aten.unbind if found == {"expert"}:
             count = shape(node.args[0])[along.mixed[0]]  # type: ignore[arg-type]
             return tuple(replace(without_history(rows), dims=kept, expert=e) for e in range(count))
+        case _:
+            pass
     return domains.refuse(
         node, f"{spelled(node)} mixes rows, which an expert must treat one by one"
     )

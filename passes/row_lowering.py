@@ -52,11 +52,12 @@ class Lowering(Products):
 
     def lower(self, nodes: Nodes, dims: Dims, *, finished: bool = False) -> Form:
         """The canonical form of corresponding nodes whose dimensions carry ``dims``."""
-        if len(nodes) > 1 and all(n is nodes[0] for n in nodes):
-            nodes = nodes[:1]
-        own = self.domains.rows(nodes[0])
+        first = nodes[0]
+        if all(n is first for n in nodes):
+            nodes = (first,)
+        own = self.domains.rows(first)
         if own is not None or finished:
-            mine = own.dims if own else self.domains.meaning[nodes[0]].dims
+            mine = own.dims if own else self.domains.meaning[first].dims
             dims = tuple(
                 pushed if "range" in kinds((here,)) or not here else here
                 for here, pushed in zip(mine, dims, strict=True)
@@ -222,7 +223,7 @@ class Lowering(Products):
             for number, other in enumerate(nodes):
                 if _constants(other) != wanted:
                     raise refusal(
-                        other, f"expert {number} and expert 0 have other constants in {first.target}",
+                        other, f"experts 0 and {number} differ in constants of {first.target}",
                         "make the constants a parameter or buffer of each expert",
                     )  # fmt: skip
 
@@ -448,7 +449,7 @@ class Lowering(Products):
             own = self.domains.rows(source)
             assert own is not None
             return self.lower((source,), own.dims)
-        if shape(source) != shape(ids):
+        if not isinstance(ids, fx.Node) or shape(source) != shape(ids):
             return self.matrix_pairs(node, dims)
         return self.lower((source,), meaning.dims)
 

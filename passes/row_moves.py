@@ -21,6 +21,7 @@ from moptrace.passes.axes import (
     packet,
     positions,
     shape,
+    tensors,
 )
 from moptrace.passes.row_domains import (
     Columns,
@@ -79,7 +80,7 @@ def places(domains: Domains, node: Any) -> list[Index] | None:
 def nonzero_rule(domains: Domains, node: fx.Node) -> Meaning:
     if packet(node) is aten.where and len(node.args) > 1:
         return pointwise_rule(domains, node)
-    found = places(domains, node.args[0])
+    found = places(domains, tensors(node)[0])
     if found is None:
         return None
     return Columns(tuple(found)) if packet(node) is aten.nonzero else tuple(found)
@@ -367,7 +368,7 @@ def cat_rule(domains: Domains, node: fx.Node) -> Meaning:
     return along_rule(domains, node, along) if along else None
 
 
-def _several_choices(domains: Domains, node: fx.Node, choices: Sequence[Index]) -> Meaning:
+def _several_choices(domains: Domains, node: fx.Node, choices: Sequence[Any]) -> Meaning:
     """Ids chosen one after another, such as an argmax and the next argmax, side by side."""
     if any(m.routing is None or m.to != (m.routing.expert,) or m.dims[-1] for m in choices):
         return None
@@ -386,7 +387,7 @@ def _joined(domains: Domains, node: fx.Node, parts: Any, meanings: list[Any]) ->
     if [b.expert for b in branches if b] != list(range(len(parts))):
         return domains.refuse(node, "it joins the rows of experts in another order than 0, 1, 2...")
     routing = meanings[0].routing
-    order = branches[0].of  # type: ignore[union-attr]
+    order = branches[0].of if branches[0] else None
     size = math.prod(a.size or 1 for a in routing.pairs)
     axis = order if isinstance(order, Axis) else Axis("sorted", size, order)
     dims = ((axis,), *meanings[0].dims[1:])
@@ -394,9 +395,10 @@ def _joined(domains: Domains, node: fx.Node, parts: Any, meanings: list[Any]) ->
         return Index(dims, meanings[0].to, routing)
     result: Sum | None = None
     for branch, part, meaning in zip(branches, parts, meanings, strict=True):
+        assert branch is not None
         result = Sum(
             dims, routing, previous=result, rows=part, rows_dims=meaning.dims, added=branch.expert
-        )  # type: ignore[union-attr]
+        )
     return result
 
 

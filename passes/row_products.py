@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moptrace.passes.axes import Dims, contraction, kinds, shape
+from moptrace.passes.axes import Dims, contraction, is_one, kinds, shape
 from moptrace.passes.row_emitter import Emitter, Form, features_of, refusal
 from moptrace.passes.stacked_parameters import Nodes
 
@@ -50,7 +50,7 @@ class Products(Emitter):
         factors: list[Factor] = []
         for i, (x, letters) in enumerate(zip(product.operands, product.letters, strict=True)):
             below = tuple(
-                () if n == 1 and isinstance(n, int) else spaces.get(letter, ())
+                () if is_one(n) else spaces.get(letter, ())
                 for letter, n in zip(letters, shape(x), strict=True)
             )
             form = self.lower(_product_operand(nodes, i), below)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -19,7 +19,7 @@ __all__ = ["Nodes", "Stacks"]
 aten = torch.ops.aten
 ops = torch.ops.moptrace
 
-Nodes = tuple[fx.Node, ...]
+Nodes: TypeAlias = tuple[fx.Node, ...]
 
 
 class Stacks:
