@@ -79,7 +79,16 @@ def _by_torch(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _by_onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
-    out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))
+    out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")[: len(out)])
+
+
+# oneDNN compiles and keeps a kernel for every shape, so row counts are rounded up to few sizes.
+_ROW_MULTIPLE = 16
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """The rows with zeros after them, up to a round number."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % _ROW_MULTIPLE))
 
 
 @cache
@@ -174,6 +183,7 @@ def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     sizes = _sizes(counts, rows.shape[0])
     for own, matrix, out in zip(_split(rows, sizes), weight, _split(result, sizes), strict=True):
         if len(own):
+            own = _rounded(own) if product else own
             (product or _by_torch)(own, matrix, out)
     return result
 
@@ -231,6 +241,7 @@ def _(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     sizes = _sizes(counts, a.shape[0])
     for left, right, out in zip(_split(a, sizes), _split(b, sizes), result, strict=True):
         if len(left):
+            left, right = (_rounded(left), _rounded(right)) if product else (left, right)
             (product or _by_torch)(left.t(), right, out)
         else:
             out.zero_()
