@@ -132,7 +132,8 @@ def step_of(wrapped: ParallelModule, name: str | ModelSpec, batch: dict[str, Ten
 
 def on_rank_every_split(name: str) -> None:
     world_size = dist.get_world_size()
-    reference = build(name)
+    with InFloat64():
+        reference = build(name)
     for number, ep in enumerate(d for d in (1, 2, 4) if world_size % d == 0):
         with InFloat64():
             wrapped, _ = parallel_of(name, ep, ("shard", "replicate")[number % 2])

@@ -418,16 +418,15 @@ def _program(sample: Sample, kinds: list[Kind], layout: Layout) -> Program:
             loss = add(aten.add.Tensor, loss, add(aten.sum.default, add(aten.sin.default, out)))
     graph.output((loss, *outs))
     roles.set_value(graph.output_node(), None)
-    parameters = tuple(
-        Parameter(n.name, n.name, tuple(x.shape), x.dtype)
-        for n, x in zip(nodes, sample.tensors, strict=True)
-        if x.is_floating_point()
-    )
-    buffers = tuple(
-        Buffer(n.name, n.name, tuple(x.shape), x.dtype)
-        for n, x in zip(nodes, sample.tensors, strict=True)
-        if not x.is_floating_point()
-    )
+    # A parameter is never stored as terms of a sum; such operands stand for activations.
+    trained = {
+        n
+        for n, x, kind in zip(nodes, sample.tensors, kinds, strict=True)
+        if x.is_floating_point() and kind != PARTIAL
+    }
+    held = [(n, tuple(x.shape), x.dtype) for n, x in zip(nodes, sample.tensors, strict=True)]
+    parameters = tuple(Parameter(n.name, n.name, *rest) for n, *rest in held if n in trained)
+    buffers = tuple(Buffer(n.name, n.name, *rest) for n, *rest in held if n not in trained)
     by_kind = {p.name for p in parameters}
     order = [n for n in nodes if n.name in by_kind] + [n for n in nodes if n.name not in by_kind]
     for node in reversed(order):
