@@ -446,7 +446,7 @@ def test_a_block_has_the_weights_that_it_alone_uses() -> None:
     empty.graph.output(())
     shown = diff(empty, tagged, block=0)
     assert shown.count("grouped_mm(") == 3
-    assert shown.count("= reshard(%transpose") == 3
+    assert shown.count("= transpose(%reshard") == 3
     assert shown.count("stack of layers.0.") == 3
     assert "layers.1." not in shown
 
