@@ -173,6 +173,12 @@ class _Placer:
         """A rule that splits nothing, for an operator that has none."""
         bytes_ = 0
         for x in inputs:
+            if not isinstance(roles.tensor(x).numel(), int):
+                raise PlacementError(
+                    f"{node.target} works on as many rows as routing gives, outside any "
+                    f"Mixture-of-Experts block that was recognised ({roles.where(node)}). Select "
+                    "each expert's tokens with torch.where or a sort, as in the examples."
+                )
             p = roles.placement(x)
             if p and any(isinstance(k, (Shard, Rows)) for k in p.kinds):
                 bytes_ += _bytes(x)

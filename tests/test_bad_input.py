@@ -112,3 +112,11 @@ def test_an_operator_with_a_rule_gives_no_warning() -> None:
 
 
 # Ranks that are fed different shapes: see test_parallel.py, where there are real ranks.
+
+
+def test_an_unrecognised_selection_of_rows_is_refused_with_its_place() -> None:
+    spec = ModelSpec(layers=("moe",), experts=5, k=1, style="loop_mask")
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    program = canonical()(trace(spec.build(), {"input_ids": ids, "labels": ids}))
+    with pytest.raises(errors.PlacementError, match=r"as many rows as routing gives.*node %"):
+        sharded(Layout.of(2))(program)
