@@ -173,7 +173,8 @@ class _Placer:
         """A rule that splits nothing, for an operator that has none."""
         bytes_ = 0
         for x in inputs:
-            if not isinstance(roles.tensor(x).numel(), int):
+            elements: Any = roles.tensor(x).numel()
+            if not isinstance(elements, int):
                 raise PlacementError(
                     f"{node.target} works on as many rows as routing gives, outside any "
                     f"Mixture-of-Experts block that was recognised ({roles.where(node)}). Select "
