@@ -88,6 +88,22 @@ def test_loss_and_gradients_are_those_of_the_model_on_unseen_batches(style: str)
     assert_same_function(program, model, models.batch(7))
 
 
+def one_choice_for_all_tokens(model: nn.Module, batch: dict[str, Tensor]) -> bool:
+    """Whether every router sends all tokens of the batch to the same experts."""
+    choices: list[Tensor] = []
+    routers = [
+        m for m in model.modules() if isinstance(m, models.SoftmaxRouter | SigmoidGroupRouter)
+    ]
+    hooks = [r.register_forward_hook(lambda _, __, out: choices.append(out[1])) for r in routers]
+    model(**batch)
+    for hook in hooks:
+        hook.remove()
+    tokens = batch["input_ids"].numel()
+    return bool(choices) and all(
+        len(chosen.reshape(tokens, -1).unique(dim=0)) == 1 for chosen in choices
+    )
+
+
 @pytest.mark.parametrize("style", list(models.MODELS))
 def test_an_expert_may_get_all_tokens_and_others_none(style: str):
     model, program = built(style)
@@ -98,8 +114,11 @@ def test_an_expert_may_get_all_tokens_and_others_none(style: str):
                 module.gate.weight.zero_()  # every token ties alike
             elif isinstance(module, SigmoidGroupRouter):
                 module.weight.zero_()
-    assert_same_function(program, model, models.batch(3))
-    model.load_state_dict(kept)
+    try:
+        assert one_choice_for_all_tokens(model, models.batch(3))
+        assert_same_function(program, model, models.batch(3))
+    finally:
+        model.load_state_dict(kept)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -324,8 +343,8 @@ def test_rows_that_never_come_back_to_tokens_are_refused():
         rows = x[order // chosen.shape[1]]
         return x * self.experts[0](rows).sum()
 
-    assert "RoleError" in repr(RoleError(refusal(written(mix))))
-    assert "adds up rows" in refusal(written(mix)) or "mixes rows" in refusal(written(mix))
+    text = refusal(written(mix))
+    assert "adds up rows" in text and "test_raise_experts.py:" in text
 
 
 def test_an_overwriting_loop_is_refused():
