@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -74,49 +75,59 @@ _NATIVE = {
 # ``torch.mm``, so the first product on a CPU times both and the process keeps to the faster.
 
 
-def _by_torch(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.mm(a, b, out=out)
+def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 
-def _by_onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
-    out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")[: len(out)])
+def _uses_onednn(x: Tensor, width: int) -> bool:
+    """Whether to loop over the experts with oneDNN; its calls cost more than small products."""
+    return (
+        x.device.type == "cpu" and x.dtype is torch.float32 and width >= 64 and _onednn_is_faster()
+    )
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Whether oneDNN wins on one expert's float32 matrices on this CPU, timed once."""
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        return False
+    a, b = torch.ones(64, 256), torch.ones(1024, 256).t()
+
+    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
+        times: list[float] = []
+        for _ in range(10):
+            start = time.perf_counter()
+            product(a, b)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(_by_onednn) < 0.8 * seconds(torch.mm)
 
 
 # oneDNN compiles and keeps a kernel for every shape, so row counts are rounded up to few sizes.
 _ROW_MULTIPLE = 16
 
 
-def _rounded(rows: Tensor) -> Tensor:
-    """The rows with zeros after them, up to a round number."""
-    return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % _ROW_MULTIPLE))
+def _widened(span: slice, total: int) -> slice:
+    """A round number of rows around those of ``span``, or ``span`` if there are too few in all.
+
+    A row's product depends on no other row, so the neighbours' rows serve and nothing is copied.
+
+    >>> _widened(slice(3, 8), 100), _widened(slice(90, 100), 100), _widened(slice(2, 5), 9)
+    (slice(3, 19, None), slice(84, 100, None), slice(2, 5, None))
+    """
+    width = span.stop - span.start
+    width += -width % _ROW_MULTIPLE
+    start = min(span.start, total - width)
+    return slice(start, start + width) if start >= 0 else span
 
 
-@cache
-def _fastest() -> Callable[[Tensor, Tensor, Tensor], None]:
-    """The faster product of one expert's float32 matrices on this CPU, timed once."""
-    if not (
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
-        return _by_torch
-    a, b, out = torch.ones(64, 256), torch.ones(1024, 256).t(), torch.empty(64, 1024)
-
-    def seconds(product: Callable[[Tensor, Tensor, Tensor], None]) -> float:
-        times: list[float] = []
-        for _ in range(10):
-            start = time.perf_counter()
-            product(a, b, out)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return _by_onednn if seconds(_by_onednn) < 0.8 * seconds(_by_torch) else _by_torch
-
-
-def _product(x: Tensor, width: int) -> Callable[[Tensor, Tensor, Tensor], None] | None:
-    """The product to loop with over experts, or None where torch's grouped product is faster."""
-    if x.device.type == "cpu" and x.dtype is torch.float32 and width >= 64:
-        product = _fastest()
-        return product if product is _by_onednn else None
-    return None
+def _padded(rows: Tensor) -> Tensor:
+    """The rows with zeros after them, up to a round number, for a product that sums over them."""
+    missing = -rows.shape[0] % _ROW_MULTIPLE
+    return torch.constant_pad_nd(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def _is_native(a: Tensor, b: Tensor, width: int) -> bool:
@@ -157,9 +168,9 @@ def _sizes(counts: Tensor, total: int) -> list[int]:
     return sizes
 
 
-def _split(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Each expert's rows, as a view."""
-    return rows.split(sizes) if sizes else ()
+def _spans(counts: Tensor, total: int) -> list[slice]:
+    """Where each expert's rows are."""
+    return [slice(*edges) for edges in pairwise(accumulate(_sizes(counts, total), initial=0))]
 
 
 def _check_experts(param: Tensor, counts: Tensor) -> None:
@@ -176,15 +187,20 @@ def _check_experts(param: Tensor, counts: Tensor) -> None:
 def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if 0 in rows.stride():  # an expanded gradient
         rows = rows.contiguous()
-    product = _product(rows, weight.shape[2])
-    if product is None and _is_native(rows, weight, weight.shape[2]):
-        return grouped_product(rows, weight, offs=_offsets(counts, rows.shape[0]))
-    result = rows.new_empty(rows.shape[0], weight.shape[2])
-    sizes = _sizes(counts, rows.shape[0])
-    for own, matrix, out in zip(_split(rows, sizes), weight, _split(result, sizes), strict=True):
-        if len(own):
-            own = _rounded(own) if product else own
-            (product or _by_torch)(own, matrix, out)
+    total, width = rows.shape[0], weight.shape[2]
+    onednn = _uses_onednn(rows, width)
+    if not onednn and _is_native(rows, weight, width):
+        return grouped_product(rows, weight, offs=_offsets(counts, total))
+    result = rows.new_empty(total, width)
+    for span, matrix in zip(_spans(counts, total), weight.unbind(), strict=True):
+        if span.start == span.stop:
+            continue
+        if onednn:
+            wide = _widened(span, total)
+            own = slice(span.start - wide.start, span.stop - wide.start)
+            result[span] = _by_onednn(rows[wide], matrix)[own]
+        else:
+            torch.mm(rows[span], matrix, out=result[span])
     return result
 
 
@@ -234,17 +250,17 @@ torch.library.register_autograd(
 @torch.library.impl(_LIBRARY, "grouped_outer", "CompositeExplicitAutograd")
 def _(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     a, b = (x.contiguous() if 0 in x.stride() else x for x in (a, b))
-    product = _product(a, b.shape[1])
-    if product is None and _is_native(a, b, b.shape[1]):
+    onednn = _uses_onednn(a, b.shape[1])
+    if not onednn and _is_native(a, b, b.shape[1]):
         return grouped_product(a.t(), b, offs=_offsets(counts, a.shape[0]))
     result = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
-    sizes = _sizes(counts, a.shape[0])
-    for left, right, out in zip(_split(a, sizes), _split(b, sizes), result, strict=True):
-        if len(left):
-            left, right = (_rounded(left), _rounded(right)) if product else (left, right)
-            (product or _by_torch)(left.t(), right, out)
-        else:
+    for span, out in zip(_spans(counts, a.shape[0]), result.unbind(), strict=True):
+        if span.start == span.stop:
             out.zero_()
+        elif onednn:
+            out.copy_(_by_onednn(_padded(a[span]).t(), _padded(b[span])))
+        else:
+            torch.mm(a[span].t(), b[span], out=out)
     return result
 
 
@@ -314,8 +330,8 @@ def _(rows: Tensor, counts: Tensor) -> Tensor:
         return total.to(rows.dtype)
     # index_add_ is up to three times faster, but adds in sequence: a larger error than eager's.
     result = rows.new_empty(counts.shape[0], *rows.shape[1:])
-    for own, out in zip(_split(rows, _sizes(counts, rows.shape[0])), result, strict=True):
-        torch.sum(own, 0, out=out)
+    for span, out in zip(_spans(counts, rows.shape[0]), result.unbind(), strict=True):
+        torch.sum(rows[span], 0, out=out)
     return result
 
 
