@@ -128,7 +128,10 @@ def gradients(
     """
     blocks = _Blocks.of(shard)
     hidden, products = blocks.hidden, blocks.products
-    total = None if of_hidden is None else torch.zeros_like(hidden)
+    total = of_hidden
+    if of_hidden is not None:
+        wide = of_hidden.dtype == hidden.dtype
+        total = of_hidden.zero_() if wide else torch.zeros_like(hidden)
     # The derivative of the scale, once for each token and not once for each logit.
     shift, *coefficients = (x.unsqueeze(1) for x in of_logits)
     of_exp, of_target, of_sum = (x * shard.scale for x in coefficients)
@@ -159,7 +162,7 @@ def gradients(
             of_weight[words.rows] = of_words.t()
         if of_bias is not None and of_word is not None:
             of_bias[words.rows] = of_word
-    if of_hidden is not None and total is not None:
+    if of_hidden is not None and total is not of_hidden:
         of_hidden.copy_(total)
 
 
