@@ -1,7 +1,8 @@
 """What every operator means, in plain PyTorch that autograd differentiates by itself.
 
 Nothing here is fast. Each function has the name, the arguments and the result of an operator in
-``moptrace.kernels.routing`` or ``moptrace.kernels.grouped_mm``, whose docstrings give the shapes.
+``moptrace.kernels.routing``, ``moptrace.kernels.grouped_mm`` or
+``moptrace.kernels.linear_cross_entropy``, whose docstrings give the shapes.
 The tests hold the operators to these functions in float64.
 """
 
@@ -20,9 +21,12 @@ __all__ = [
     "group_sum",
     "grouped_mm",
     "grouped_outer",
+    "linear_cross_entropy",
     "pair_dots",
     "pair_rows",
     "ungroup_rows",
+    "vocab_shard_gradients",
+    "vocab_shard_statistics",
     "weigh_rows",
 ]
 
@@ -93,3 +97,84 @@ def group_sum(rows: Tensor, counts: Tensor) -> Tensor:
 def _expert(counts: Tensor) -> Tensor:
     """The expert of each row."""
     return torch.arange(counts.shape[0]).repeat_interleave(counts)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    z_loss: float = 0.0,
+    reduction: str = "sum",
+) -> Tensor:
+    """The cross entropy of the capped, scaled logits, and the z-loss of the tokens that count."""
+    logits = _logits(hidden, weight, bias, scale, softcap)
+    losses = torch.nn.functional.cross_entropy(
+        logits,
+        targets,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    losses = losses + (z_loss * logits.logsumexp(1).square()).where(targets != ignore_index, 0)
+    return losses.sum() if reduction == "sum" else losses
+
+
+def vocab_shard_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    start: int = 0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The maximum of each token's logits, the sum of exp(logit - max), the label's, their sum."""
+    logits = _logits(hidden, weight, bias, scale, softcap)
+    nothing = logits.new_full((logits.shape[0], 1), -torch.inf)
+    top = torch.cat([logits, nothing], 1).amax(1).detach()
+    is_label = torch.arange(weight.shape[0]) == (targets - start).unsqueeze(1)
+    return (
+        top,
+        (logits - top.unsqueeze(1)).exp().sum(1),
+        logits.where(is_label, 0).sum(1),
+        logits.sum(1),
+    )
+
+
+def vocab_shard_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shift: Tensor,
+    of_exp: Tensor,
+    of_target: Tensor,
+    of_sum: Tensor,
+    start: int = 0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """The gradients of hidden, weight and, if there is one, bias, given that of each logit."""
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    with torch.enable_grad():
+        logits = _logits(leaves[0], leaves[1], leaves[2] if leaves[2:] else None, scale, softcap)
+    is_label = torch.arange(weight.shape[0]) == (targets - start).unsqueeze(1)
+    of_logits = of_exp.unsqueeze(1) * (logits.detach() - shift.unsqueeze(1)).exp()
+    of_logits = of_logits + of_sum.unsqueeze(1) + of_target.unsqueeze(1) * is_label
+    return torch.autograd.grad(logits, leaves, of_logits)
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """One number for each token and word: a projection, then the scale, then the cap."""
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from moptrace.kernels import grouped_mm, reference, routing
 
-NAMES = sorted(reference.__all__)
+NAMES = sorted([*routing.__all__, *grouped_mm.__all__])
 EXAMPLES = settings.default.max_examples // 5 if settings.default else 30
 LAYOUTS = ("contiguous", "transposed", "every second", "expanded")
 
