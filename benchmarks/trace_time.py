@@ -107,7 +107,7 @@ def pipeline(model: nn.Module, batch: dict[str, Tensor], ranks: int) -> Iterator
     program = canonical()(program)
     yield "classify", len(program.graph.nodes)
     plan = moptrace.Plan().resolve(ranks, expert_counts(program))
-    program = sharded(plan.layout(ranks))(program)
+    program = sharded(plan, ranks)(program)
     assert program.level is moptrace.Level.LOCAL
     yield f"place, localise (ep={plan.ep})", len(program.graph.nodes)
 

@@ -54,7 +54,7 @@ print(raised.diff())
 
 # A layout numbers the ranks and groups them: four ranks, pairs of which share the experts. No rank
 # is started. `@dp` in a type says over which ranks a dimension is split.
-local = sharded(moptrace.Layout.of(4, ep=2))(program)
+local = sharded(moptrace.Plan(ep=2), world_size=4)(program)
 print("\nWhat each of four ranks runs:\n")
 print(local)
 print("\nAnd in short:\n")

@@ -162,8 +162,8 @@ print(merged.diff(block=0))
 # local program on simulated ranks in one process, and compares the loss and every gradient with
 # the user's model, in float64, to 1e-10. Eight ranks, four of which share the experts:
 
-layout = moptrace.Layout.of(8, ep=4)
-assert_same_function(sharded(layout)(merged), model, batch)
+plan = moptrace.Plan(ep=4)
+assert_same_function(sharded(plan, 8)(merged), model, batch)
 print("\n5. eight ranks compute the same loss and the same gradients, to 1e-10")
 
 # 9. A wrong pass
@@ -188,7 +188,7 @@ def save_communication() -> Pass:
     return Pass("save_communication", rewrite, takes=(Level.PLACED,))
 
 
-placed = next(p for p in sharded(layout)(merged).history if p.level is Level.PLACED)
+placed = next(p for p in sharded(plan, 8)(merged).history if p.level is Level.PLACED)
 try:
     save_communication()(placed)
 except CheckError as error:
@@ -216,6 +216,6 @@ def swap_halves() -> Pass:
 
 
 try:
-    assert_same_function(sharded(layout)(swap_halves()(merged)), model, batch)
+    assert_same_function(sharded(plan, 8)(swap_halves()(merged)), model, batch)
 except AssertionError as error:
     print(f"\n7. the comparison refuses swapped halves:\n   {str(error).splitlines()[0]}")

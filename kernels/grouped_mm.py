@@ -8,15 +8,14 @@ of them belong to expert e.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm as grouped_product
+
+from moptrace.kernels import onednn
 
 __all__ = ["expert_rows", "group_sum", "grouped_mm", "grouped_outer"]
 
@@ -71,39 +70,11 @@ _NATIVE = {
 }
 
 
-# On some processors oneDNN multiplies float32 matrices twice as fast as the library behind
-# ``torch.mm``, so the first product on a CPU times both and the process keeps to the faster.
-
-
-def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-
-
 def _uses_onednn(x: Tensor, width: int) -> bool:
     """Whether to loop over the experts with oneDNN; its calls cost more than small products."""
     return (
-        x.device.type == "cpu" and x.dtype is torch.float32 and width >= 64 and _onednn_is_faster()
+        x.device.type == "cpu" and x.dtype is torch.float32 and width >= 64 and onednn.is_faster()
     )
-
-
-@cache
-def _onednn_is_faster() -> bool:
-    """Whether oneDNN wins on one expert's float32 matrices on this CPU, timed once."""
-    if not (
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
-        return False
-    a, b = torch.ones(64, 256), torch.ones(1024, 256).t()
-
-    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
-        times: list[float] = []
-        for _ in range(10):
-            start = time.perf_counter()
-            product(a, b)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(_by_onednn) < 0.8 * seconds(torch.mm)
 
 
 # oneDNN compiles and keeps a kernel for every shape, so row counts are rounded up to few sizes.
@@ -188,17 +159,17 @@ def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if 0 in rows.stride():  # an expanded gradient
         rows = rows.contiguous()
     total, width = rows.shape[0], weight.shape[2]
-    onednn = _uses_onednn(rows, width)
-    if not onednn and _is_native(rows, weight, width):
+    loops = _uses_onednn(rows, width)
+    if not loops and _is_native(rows, weight, width):
         return grouped_product(rows, weight, offs=_offsets(counts, total))
     result = rows.new_empty(total, width)
     for span, matrix in zip(_spans(counts, total), weight.unbind(), strict=True):
         if span.start == span.stop:
             continue
-        if onednn:
+        if loops:
             wide = _widened(span, total)
             own = slice(span.start - wide.start, span.stop - wide.start)
-            result[span] = _by_onednn(rows[wide], matrix)[own]
+            result[span] = onednn.multiply(rows[wide], matrix)[own]
         else:
             torch.mm(rows[span], matrix, out=result[span])
     return result
@@ -250,15 +221,15 @@ torch.library.register_autograd(
 @torch.library.impl(_LIBRARY, "grouped_outer", "CompositeExplicitAutograd")
 def _(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     a, b = (x.contiguous() if 0 in x.stride() else x for x in (a, b))
-    onednn = _uses_onednn(a, b.shape[1])
-    if not onednn and _is_native(a, b, b.shape[1]):
+    loops = _uses_onednn(a, b.shape[1])
+    if not loops and _is_native(a, b, b.shape[1]):
         return grouped_product(a.t(), b, offs=_offsets(counts, a.shape[0]))
     result = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
     for span, out in zip(_spans(counts, a.shape[0]), result.unbind(), strict=True):
         if span.start == span.stop:
             out.zero_()
-        elif onednn:
-            out.copy_(_by_onednn(_padded(a[span]).t(), _padded(b[span])))
+        elif loops:
+            out.copy_(onednn.multiply(_padded(a[span]).t(), _padded(b[span])))
         else:
             torch.mm(a[span].t(), b[span], out=out)
     return result

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moptrace.kernels.grouped_mm import _by_onednn, _fastest
+from moptrace.kernels import onednn
 
 __all__ = ["LogitGradient", "Shard", "exact", "gradients", "shiftable", "statistics"]
 
@@ -243,7 +243,7 @@ class _Products:
             hidden.device.type == "cpu"
             and hidden.dtype is torch.float32
             and hidden.shape[1] >= 16
-            and _fastest() is _by_onednn
+            and onednn.is_faster()
         )
         self.block = hidden.new_empty(0 if self.by_onednn else logits)
 

@@ -32,6 +32,7 @@ from moptrace.placement import (
 )
 from moptrace.random import draw
 from moptrace.reshard import reshard, route
+from moptrace.rings import RINGS
 from moptrace.rules import Rule, operands
 
 __all__ = ["check"]
@@ -173,6 +174,10 @@ class _Placements:
         if rule is None:
             yield from self._without_rule(node)
             return
+        if self.program.level >= Level.LOCAL and node.target in RINGS:
+            kinds = [k for p in roles.placements(node) if p is not None for k in self._along(p)]
+            if any(isinstance(kind, Shard) for kind in kinds):
+                yield node, f"{node.target} has only its part of what is split and must travel"
         inputs = operands(node)
         if node.target is draw:
             inputs = inputs[-len(rule.operands) :] if rule.operands else []
@@ -200,6 +205,10 @@ class _Placements:
                 said = given.expressed_in(view)
                 if said is None or not self._same(node, said.kind(axis.name), kind):
                     yield node, f"the result is {given}, but {kind} along {axis.name} follows"
+
+    def _along(self, placement: Placement) -> list[Kind]:
+        pairs = zip(placement.view.axes, placement.kinds, strict=True)
+        return [kind for axis, kind in pairs if axis.size > 1]
 
     def _held(self, node: fx.Node, axis: str, view: Any) -> Held | None:
         placement = roles.placement(node)

@@ -98,7 +98,7 @@ def _programs(
         program = canonical()(program)
     plan = Plan(ep=ep).resolve(ranks, expert_counts(program))
     with _doing(console, "placing it on the ranks"):
-        return sharded(plan.layout(ranks), plan.edp)(program)
+        return sharded(plan, ranks)(program)
 
 
 def _explain(console: Console, program: Program) -> None:

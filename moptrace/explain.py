@@ -42,6 +42,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 import moptrace.kernels.packing  # noqa: F401  registers the operators
 from moptrace import roles
@@ -49,6 +50,7 @@ from moptrace.collectives import COLLECTIVES, Collective, collective
 from moptrace.core import Level, Parameter, Program
 from moptrace.errors import PassError
 from moptrace.placement import Layout, Placement, Rows, Shard, chunk_sizes
+from moptrace.rings import Ring, Seat, bytes_sent, ring
 from moptrace.roles import Component
 
 __all__ = ["Explanation", "Row", "Traffic", "explain"]
@@ -245,6 +247,9 @@ class _Reader:
     # --- what moves ---
 
     def _traffic_of(self, node: fx.Node) -> Iterator[_Share]:
+        if (travelling := ring(node.target)) is not None:
+            for sent in self._around(travelling, node):
+                yield _Share(self.component.get(node), "ring", sent, False, True)
         row = collective(node.target)
         if row is None:
             return
@@ -282,6 +287,15 @@ class _Reader:
         rows = _bytes(x) / _spread(roles.placement(operand))
         return round((parts - 1) * rows / parts), True
 
+    def _around(self, row: Ring, node: fx.Node) -> Iterator[int]:
+        """The bytes that a rank sends forward, and backward if the operator is trained."""
+        *arguments, axis = map_arg(node.args, roles.value)
+        seat = Seat(0, self.layout.size(axis), lambda n: self.layout.sizes(n, axis))
+        results = roles.value(node)
+        yield bytes_sent(row.forward(seat, *arguments))
+        if node in self.trained:
+            yield bytes_sent(row.backward(seat, tuple(arguments), results, results))
+
     def _shared(self, node: fx.Node, kind: str, sent: int, expected: bool) -> Iterator[_Share]:
         """A bucket's bytes, divided by the elements of its parameters."""
         packed = node.args[0]
@@ -312,24 +326,28 @@ class _Reader:
 
     def _storage_in_words(self, own: Sequence[Parameter]) -> Iterator[str]:
         """How the parameters are stored, and what happens to that before they are used."""
-        split, gathered, copied = set[str](), set[str](), set[str]()
+        split, gathered, copied, ringed = set[str](), set[str](), set[str](), set[str]()
         for parameter in own:
             node = self.stored[parameter.name]
             placement = roles.placement(node)
             assert placement is not None
             shards = {a for a, kind in _along(placement) if isinstance(kind, Shard)}
             whole = {axis for axis in shards if self._is_gathered(node, axis)}
-            split |= shards - whole
+            around = {axis for axis in shards - whole if self._travels(node, axis)}
+            ringed |= around
+            split |= shards - whole - around
             gathered |= whole
             copied |= {a for a, _ in _along(placement)} - shards
         home = {axis.name for axis in self.layout.home.axes}
         if split:
             words = {axis.name for axis in self.layout.experts.axes if axis.size > 1}
             yield f"experts split over {self._axes(words if split & home else split)}"
+        if ringed:
+            yield f"words split over {self._axes(ringed)}"
         if gathered:
             where = "" if gathered <= home else f" over {self._axes(gathered)}"
             yield f"weights gathered{where}"
-        if copies := copied - split - gathered:
+        if copies := copied - split - gathered - ringed:
             yield f"copies over {self._axes(copies)}"
 
     def _is_gathered(self, node: fx.Node, axis: str) -> bool:
@@ -343,6 +361,17 @@ class _Reader:
             elif len(user.all_input_nodes) == 1 and self._is_gathered(user, axis):
                 return True
         return False
+
+    def _travels(self, node: fx.Node, axis: str) -> bool:
+        """Whether the parameter goes to an operator that travels around the axis."""
+        return any(
+            user.args[-1] == axis
+            if ring(user.target)
+            else user.op == "call_function"
+            and len(user.all_input_nodes) == 1
+            and self._travels(user, axis)
+            for user in node.users
+        )
 
     def _work_in_words(self, nodes: Iterable[fx.Node]) -> Iterator[str]:
         """What the ranks divide between them where parameters are whole."""

@@ -78,7 +78,7 @@ class ParallelModule(nn.Module):
         self._communicator = _connect(self.storage_mesh, self.layout, ranks)
         self._communicator.seed = self._agreed_seed(seed)
         self._experts = expert_dims(self._canonical.graph)
-        self._program = sharded(self.layout, self.plan.edp)(self._canonical)
+        self._program = self._sharded(self._canonical)
         self._register(model)
 
     # --- parameters and buffers ---
@@ -181,7 +181,7 @@ class ParallelModule(nn.Module):
 
     def _build(self, key: Any, batch: Mapping[str, Any]) -> None:
         started = time.monotonic()
-        program = sharded(self.layout, self.plan.edp)(canonical()(self._capture(batch)))
+        program = self._sharded(canonical()(self._capture(batch)))
         self._programs[key] = program
         self._runs[key] = program.module(self._device)
         log.info("traced a new input shape in %.1f s: %s", time.monotonic() - started, key)
@@ -192,6 +192,10 @@ class ParallelModule(nn.Module):
                 ManyShapesWarning,
                 stacklevel=4,
             )
+
+    def _sharded(self, program: Program) -> Program:
+        """The local program; a model that is not being trained keeps its logits."""
+        return sharded(self.plan, self._world, keep_logits=not self.training)(program)
 
     def _capture(self, batch: Mapping[str, Any]) -> Program:
         """Capture the model on the global batch of which ``batch`` is one rank's part."""

@@ -22,6 +22,9 @@ class Plan:
     W that no layer has fewer experts than, preferring one that divides the experts evenly.
     ``vp``: ranks that share the vocabulary weight; by default all. ``edp``: what the ranks with the
     same experts do with them, ``"shard"`` (gather before use) or ``"replicate"``.
+    ``logits_bytes``: the largest logits that a rank holds whole; where its tokens have larger ones,
+    the loss is taken from blocks of them, and the model's logits output is ``None`` in training
+    unless ``keep_logits``.
     ``tp``, ``cp``, ``pp`` and ``etp`` (tensor, context, pipeline, expert tensor parallel) are 1:
     larger sizes are refused until their passes exist.
 
@@ -36,6 +39,8 @@ class Plan:
     etp: int = 1
     vp: int | None = None
     edp: str = "shard"
+    logits_bytes: int = 64 << 20
+    keep_logits: bool = False
 
     def resolve(self, world_size: int, experts: list[int]) -> Plan:
         """Fill in the defaults for W ranks and layers with these numbers of experts.

@@ -166,6 +166,11 @@ def pointwise(node: fx.Node) -> Rule:
     return Rule(ins, (dims,) * count, linear, random=random)
 
 
+def chosen(node: fx.Node) -> Rule | None:
+    """where with a number on one side; alone with a mask, it finds positions."""
+    return pointwise(node) if len(node.args) == 3 else None
+
+
 def _floors(node: fx.Node) -> bool:
     """A cast to an integer type, or from one, is not linear on pending sums of rounded values."""
     first = operands(node)[0] if operands(node) else None
@@ -711,6 +716,12 @@ def combine(node: fx.Node) -> Rule:
     return Rule((("s|e", *rest), ("s|e",), ("s", "K")), (("s", *rest),), whole=_BY_TOKEN)
 
 
+def vocab_projection(node: fx.Node) -> Rule:
+    """Tokens and words are split together: the local operator takes one to the other (rings.py)."""
+    bias = [("r",)] if node.args[2] is not None else []
+    return Rule((("r", "D"), ("r", "D"), *bias, ("r",)), (("r",),) * 3)
+
+
 def constant(node: fx.Node) -> Rule:
     """No tensor operand: the same value everywhere."""
     result = roles.tensor(node)
@@ -763,6 +774,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
         (aten.clone, aten._to_copy, aten.detach, aten.contiguous, aten.copy, aten.lift_fresh_copy),
         pointwise,
     ),
+    aten.where: chosen,
     aten.sum: reduction(summed=True),
     aten.mean: reduction(summed=True, average=True),
     **dict.fromkeys(
@@ -849,7 +861,8 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
 
 def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
     import moptrace.kernels.grouped_mm
-    import moptrace.kernels.routing  # noqa: F401  importing registers the operators
+    import moptrace.kernels.routing
+    import moptrace.kernels.vocab_projection  # noqa: F401  importing registers the operators
 
     ops = torch.ops.moptrace
     return {
@@ -858,6 +871,8 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
         ops.grouped_mm: grouped_mm,
         ops.expert_rows: expert_rows,
         ops.combine: combine,
+        ops.vocab_projection: vocab_projection,
+        ops.kept_tokens: _same,
     }
 
 

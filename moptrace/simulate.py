@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from moptrace.collectives import COLLECTIVES, Collective, Communicator, collective
 from moptrace.core import Program
 from moptrace.placement import Layout
+from moptrace.rings import Ring, Seat, drive_together, ring
 
 __all__ = ["simulate"]
 
@@ -68,6 +69,8 @@ def _visit(
     row = collective(node.target)
     if row is not None:
         return _together(row, [own[0] for own in args], program.layout)
+    if (round_trip := ring(node.target)) is not None:
+        return _around(round_trip, [own[0] for own in args], ranks)
     results: list[Any] = []
     for rank, (positional, keywords) in zip(ranks, args, strict=True):
         with rank:
@@ -120,6 +123,54 @@ class _LockStep(torch.autograd.Function):
         if ctx.beside:
             extra = ctx.extra
         return (*nothing, *_mean(transpose, ctx.layout, ctx.axis, ctx.beside, extra, gradients))
+
+
+def _around(row: Ring, args: list[tuple[Any, ...]], ranks: Sequence[Communicator]) -> list[Any]:
+    """Run a ring for each of its groups."""
+    axis = args[0][-1]
+    results: list[Any] = [None] * len(args)
+    for group in ranks[0].layout.view_of(axis).groups(axis):
+        seats = [Seat.seen_by(ranks[r], axis) for r in group]
+        members = [args[r][:-1] for r in group]
+        tensors = [x for own in members for x in own if isinstance(x, Tensor)]
+        outs = _RingInLockStep.apply(row, seats, members, *tensors)
+        each = len(outs) // len(group)
+        for i, r in enumerate(group):
+            results[r] = outs[i * each : (i + 1) * each]
+    return results
+
+
+class _RingInLockStep(torch.autograd.Function):
+    """The coroutines of all ranks of one group, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, row: Ring, seats: list[Seat], members: list[tuple[Any, ...]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        found = drive_together(
+            [row.forward(seat, *own) for seat, own in zip(seats, members, strict=True)]
+        )
+        ctx.row, ctx.seats, ctx.members = row, seats, members
+        ctx.results = found = [tuple(own) for own in found]
+        return tuple(x for own in found for x in own)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        each = len(gradients) // len(ctx.seats)
+        journeys = [
+            ctx.row.backward(seat, own, results, gradients[i * each : (i + 1) * each])
+            for i, (seat, own, results) in enumerate(
+                zip(ctx.seats, ctx.members, ctx.results, strict=True)
+            )
+        ]
+        found = drive_together(journeys)
+        of_tensors = [
+            gradient
+            for own, gradients in zip(ctx.members, found, strict=True)
+            for x, gradient in zip(own, gradients, strict=False)
+            if isinstance(x, Tensor)
+        ]
+        return None, None, None, *of_tensors
 
 
 def _mean(

@@ -5,19 +5,20 @@ from __future__ import annotations
 from moptrace.core import Pass, chain
 from moptrace.passes.bucket_gathers import bucket_gathers
 from moptrace.passes.classify import classify
+from moptrace.passes.fuse_vocabulary import fuse_vocabulary
 from moptrace.passes.localize import localize
 from moptrace.passes.normalize_losses import normalize_losses
 from moptrace.passes.place import place
 from moptrace.passes.raise_experts import raise_experts
 from moptrace.passes.shard_parameters import shard_batch, shard_parameters
-from moptrace.placement import Layout
+from moptrace.plan import Plan
 
 __all__ = ["canonical", "default", "sharded"]
 
 
-def default(layout: Layout, edp: str = "shard") -> Pass:
+def default(plan: Plan, world_size: int) -> Pass:
     """From the captured program of one device to the program of each rank."""
-    return chain(canonical(), sharded(layout, edp), name="default")
+    return chain(canonical(), sharded(plan, world_size), name="default")
 
 
 def canonical() -> Pass:
@@ -30,10 +31,12 @@ def canonical() -> Pass:
     )
 
 
-def sharded(layout: Layout, edp: str = "shard") -> Pass:
-    """From the canonical program to the local one, for one layout of the ranks."""
+def sharded(plan: Plan, world_size: int, keep_logits: bool = False) -> Pass:
+    """From the canonical program to the local one, under a resolved plan for W ranks."""
+    layout = plan.layout(world_size)
     return chain(
-        shard_parameters(layout, edp),
+        fuse_vocabulary(plan.logits_bytes * world_size, keep_logits or plan.keep_logits),
+        shard_parameters(layout, plan.edp),
         shard_batch(layout),
         place(),
         localize(),

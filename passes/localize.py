@@ -22,6 +22,7 @@ from moptrace.placement import (
 )
 from moptrace.random import draw
 from moptrace.reshard import reshard, route
+from moptrace.rings import RINGS
 from moptrace.rules import Rule, argument
 
 __all__ = ["local_shape", "localize"]
@@ -119,6 +120,8 @@ class _Localizer:
         self._shrink_sizes(node, new)
         if rule is not None and rule.random:
             self._seed(node, new)
+        if node.target in RINGS:
+            self._ring(node, new)
         if rule is not None and rule.average:
             return self._averaged(node, new, rule)
         return new
@@ -167,6 +170,23 @@ class _Localizer:
         new.args = (node.target, self.site, tuple(axes), *new.args)  # type: ignore[assignment]
         new.target = draw
         self.site += 1
+
+    def _ring(self, node: fx.Node, new: fx.Node) -> None:
+        """An operator whose operands are split twice over one axis travels around it."""
+        placement = roles.placements(node)[0]
+        assert placement is not None
+        axes = [
+            axis.name
+            for axis, kind in zip(placement.view.axes, placement.kinds, strict=True)
+            if isinstance(kind, Shard) and axis.size > 1
+        ]
+        if not axes:
+            return
+        (axis,) = axes
+        row = RINGS[node.target]
+        lengths = row.lengths(*map(roles.value, node.all_input_nodes))
+        new.target = row.op
+        new.args = (*new.args, *lengths, axis)
 
     def _averaged(self, node: fx.Node, new: fx.Node, rule: Rule) -> fx.Node:
         """A mean over a split dimension: the mean of the ranks' means, all of equal size."""

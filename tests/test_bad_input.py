@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from moptrace import Layout, Plan, errors, trace
+from moptrace import Plan, errors, trace
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.place import ReplicationWarning
 from moptrace.testing import ModelSpec, assert_same_function
@@ -90,7 +90,7 @@ def test_experts_that_drop_tokens_are_refused_at_the_users_line() -> None:
 def test_a_model_without_experts_works_as_dense_with_a_note() -> None:
     model = ModelSpec(layers=("dense",)).build()
     batch = models.batch(size=4, vocabulary=13)
-    program = sharded(Layout.of(4))(canonical()(trace(model, batch)))
+    program = sharded(Plan(ep=1), 4)(canonical()(trace(model, batch)))
     assert any("dense" in note for note in program.notes), program.notes
     assert_same_function(program, model, batch)
 
@@ -100,7 +100,7 @@ def test_an_operator_without_a_rule_says_what_it_costs_and_stays_exact() -> None
     model, batch = WithoutRule().double(), {"x": torch.randn(4, 3, dtype=torch.float64)}
     program = canonical()(trace(model, batch))
     with pytest.warns(ReplicationWarning, match=r"cdist.* no sharding rule.*bytes.*test_bad_input"):
-        local = sharded(Layout.of(2))(program)
+        local = sharded(Plan(ep=1), 2)(program)
     assert any("cdist" in note for note in local.notes)
     assert_same_function(local, model, batch)
 
@@ -108,7 +108,7 @@ def test_an_operator_without_a_rule_says_what_it_costs_and_stays_exact() -> None
 def test_an_operator_with_a_rule_gives_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sharded(Layout.of(2))(canonical()(trace(Tiny(), X)))
+        sharded(Plan(ep=1), 2)(canonical()(trace(Tiny(), X)))
 
 
 # Ranks that are fed different shapes: see test_parallel.py, where there are real ranks.
@@ -119,4 +119,4 @@ def test_an_unrecognised_selection_of_rows_is_refused_with_its_place() -> None:
     ids = torch.zeros(4, 3, dtype=torch.int64)
     program = canonical()(trace(spec.build(), {"input_ids": ids, "labels": ids}))
     with pytest.raises(errors.PlacementError, match=r"as many rows as routing gives.*node %"):
-        sharded(Layout.of(2))(program)
+        sharded(Plan(ep=1), 2)(program)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from moptrace import Layout, Level, Pass, Program, roles, trace
+from moptrace import Level, Pass, Plan, Program, roles, trace
 from moptrace.check import check
 from moptrace.errors import CheckError
 from moptrace.passes.default import canonical, sharded
@@ -19,7 +19,8 @@ from moptrace.placement import PARTIAL, Placement, Shard
 from moptrace.testing import ModelSpec
 
 aten = torch.ops.aten
-LAYOUT = Layout.of(2)
+PLAN = Plan(ep=1)
+LAYOUT = PLAN.layout(2)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def first(graph: fx.Graph, target: object) -> fx.Node:
 def test_what_the_passes_make_is_well_formed(captured: Program, placed: Program) -> None:
     check(captured)
     check(placed)
-    check(sharded(LAYOUT)(canonical()(captured)))
+    check(sharded(PLAN, 2)(canonical()(captured)))
 
 
 def test_a_value_is_defined_before_it_is_used(captured: Program) -> None:
@@ -94,7 +95,7 @@ def test_nothing_writes_in_place(captured: Program) -> None:
 
 
 def test_collectives_and_reshards_keep_to_their_levels(captured: Program, placed: Program) -> None:
-    local = sharded(LAYOUT)(canonical()(captured))
+    local = sharded(PLAN, 2)(canonical()(captured))
     with pytest.raises(CheckError, match="does not belong at level canonical"):
         check(replace(local, level=Level.CANONICAL))
     with pytest.raises(CheckError, match="does not belong at level local"):

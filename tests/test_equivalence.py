@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import models
 from _report import record_examples
 from double import InFloat64
-from moptrace import Layout, Program, trace
+from moptrace import Plan, Program, trace
 from moptrace.passes.default import canonical, sharded
 from moptrace.testing import (
     SimulatedRanks,
@@ -54,7 +54,7 @@ def test_any_model_on_any_mesh_under_any_plan_computes_the_same_step(data: st.Da
     for number in range(PLANS_PER_MODEL):
         ranks = data.draw(meshes(size), label=f"ranks {number}")
         plan = data.draw(plans(ranks), label=f"plan {number}")
-        local = sharded(plan.layout(ranks), plan.edp)(program)
+        local = sharded(plan, ranks)(program)
         simulated = SimulatedRanks(local, before)
         assert_same_step(simulated.step(fed), want)
         for rank in range(ranks):
@@ -88,8 +88,8 @@ class Subject:
     batch: dict[str, Tensor]
     want: Step
 
-    def local(self, ranks: int, ep: int, edp: str) -> Program:
-        return sharded(Layout.of(ranks, ep), edp)(self.program)
+    def local(self, ranks: int, ep: int, edp: str, **options: int) -> Program:
+        return sharded(Plan(ep=ep, edp=edp, **options), ranks)(self.program)
 
 
 @cache
@@ -111,7 +111,8 @@ def subject(name: str, implementation: str = "grouped_mm") -> Subject:
 def test_every_mesh_and_expert_split_computes_the_same_step(name: str) -> None:
     it = subject(name)
     for number, (ranks, ep) in enumerate(LAYOUTS):
-        local = it.local(ranks, ep, ("shard", "replicate")[number % 2])
+        edp, logits_bytes = ("shard", "replicate")[number % 2], (0, 64 << 20)[number // 2 % 2]
+        local = it.local(ranks, ep, edp, logits_bytes=logits_bytes)
         assert_same_step(simulated_step(local, whole_state(it.model), it.batch), it.want)
         record_examples()
 

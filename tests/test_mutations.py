@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from _report import remark
-from moptrace import Layout, Program, collectives, roles, rules, trace
+from moptrace import Plan, Program, collectives, roles, rules, trace
 from moptrace.check import check
 from moptrace.collectives import COLLECTIVES
 from moptrace.errors import CheckError
@@ -117,7 +117,7 @@ def local_program(label: str) -> Program:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an operator without a rule is part of the plot
         program = canonical()(trace(make(), some_batch(0)))
-        return sharded(Layout.of(world_size, ep), edp)(program)
+        return sharded(Plan(ep=ep, edp=edp), world_size)(program)
 
 
 @cache

@@ -28,8 +28,8 @@ from moptrace.placement import (
     PARTIAL,
     REPLICATE,
     Axis,
-    Layout,
     Placement,
+    Plan,
     Rows,
     Shard,
     View,
@@ -46,7 +46,7 @@ aten = torch.ops.aten
 def build(layers: int = 2) -> Program:
     tokens = torch.zeros(4, 6, dtype=torch.int64)
     program = trace(TinyMixtral(layers), {"ids": tokens, "labels": tokens})
-    return sharded(Layout.of(4, ep=2))(canonical()(program))
+    return sharded(Plan(ep=2), 4)(canonical()(program))
 
 
 @cache

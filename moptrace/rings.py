@@ -1,0 +1,420 @@
+"""Operators that compute while their operands travel around the ranks of one axis.
+
+Some operators are split twice over the same ranks: every rank has its own tokens *and* its own part
+of a weight, and each token needs all of the weight. Neither side is ever gathered. One of them
+travels: a rank works on what it holds while it already sends that on to the next rank.
+
+Such an operator is written once, as a pair of coroutines (forward and backward) that yield
+``Start`` and ``Wait`` and say nothing of process groups. ``drive`` runs one over a process group;
+``drive_together`` runs those of all ranks of a group in lock step, in one process. So the simulator
+runs the very code that real ranks run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import moptrace.kernels.vocab_projection  # noqa: F401  registers the operator of one device
+from moptrace.collectives import Communicator
+from moptrace.kernels.linear_cross_entropy import (
+    VocabStatistics,
+    log_sum_exp,
+    merge_statistics,
+    vocab_shard_gradients,
+    vocab_shard_statistics,
+)
+
+__all__ = [
+    "RINGS",
+    "Ring",
+    "Seat",
+    "Start",
+    "Wait",
+    "bytes_sent",
+    "drive",
+    "drive_together",
+    "ring",
+]
+
+Tensors: TypeAlias = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Begin to send tensors to the next rank, and to receive the previous rank's into buffers.
+
+    Neither may be touched before the ``Wait``.
+    """
+
+    send: Tensors
+    into: Tensors
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Wait until a transfer that was started is over: the answer that ``Start`` got."""
+
+    transfer: Any
+
+
+Journey: TypeAlias = Generator[Start | Wait, Any, Any]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The place of a rank on its axis: the ``at``-th of ``ranks``."""
+
+    at: int
+    ranks: int
+    sizes_of: Callable[[int], Sequence[int]]
+
+    @classmethod
+    def of(cls, axis: str) -> Seat:
+        """The seat of the active communicator's rank."""
+        return cls.seen_by(Communicator.current(), axis)
+
+    @classmethod
+    def seen_by(cls, rank: Communicator, axis: str) -> Seat:
+        """The seat of one rank."""
+        return cls(rank.coordinate(axis), rank.size(axis), lambda n: rank.sizes(n, axis))
+
+    def holder(self, hop: int) -> int:
+        """Whose operand is here after so many hops."""
+        return (self.at - hop) % self.ranks
+
+
+# --- running the coroutines -----------------------------------------------------------------------
+
+
+def drive(journey: Journey, axis: str) -> Any:
+    """Run one rank's coroutine over the axis's process group; return its result."""
+    here = Communicator.current()
+    group, at = here.groups.get(axis), here.coordinate(axis)
+    answer: Any = None
+    while True:
+        try:
+            request = journey.send(answer)
+        except StopIteration as end:
+            return end.value
+        if isinstance(request, Wait):
+            answer = [work.wait() for work in request.transfer]
+            continue
+        onward, back = (dist.get_global_rank(group, (at + d) % here.size(axis)) for d in (1, -1))
+        moves = [dist.P2POp(dist.isend, x, onward, group) for x in request.send if x.numel()]
+        moves += [dist.P2POp(dist.irecv, x, back, group) for x in request.into if x.numel()]
+        answer = dist.batch_isend_irecv(moves) if moves else []
+
+
+def drive_together(journeys: Sequence[Journey]) -> list[Any]:
+    """Run the coroutines of all ranks of one axis in lock step; return their results.
+
+    As on real ranks, a buffer has its values only after the wait, and what was sent is read late.
+    """
+    answers: list[Any] = [None] * len(journeys)
+    while True:
+        requests: list[Any] = []
+        for journey, answer in zip(journeys, answers, strict=True):
+            try:
+                requests.append(journey.send(answer))
+            except StopIteration as end:
+                requests.append(end)
+        kinds = {type(request) for request in requests}
+        if len(kinds) != 1:
+            raise RuntimeError("the ranks of a ring took different steps: they would wait for ever")
+        if kinds == {StopIteration}:
+            return [end.value for end in requests]
+        if kinds == {Start}:
+            for request in requests:
+                for buffer in request.into:
+                    buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
+            answers = [(requests[rank - 1].send, own.into) for rank, own in enumerate(requests)]
+            continue
+        for request in requests:
+            for sent, buffer in zip(*request.transfer, strict=True):
+                buffer.copy_(sent)
+
+
+def bytes_sent(journey: Journey) -> int:
+    """The bytes that a rank sends, by running its coroutine alone, on fake tensors."""
+    total = 0
+    try:
+        while True:
+            request = next(journey)
+            if isinstance(request, Start):
+                total += sum(x.numel() * x.element_size() for x in request.send)
+    except StopIteration:
+        return total
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ring:
+    """An operator that computes while its operands travel.
+
+    ``whole`` is the operator of one device that it splits. ``forward(seat, *arguments)`` returns
+    the results; ``backward(seat, arguments, results, gradients)`` returns the gradients of the
+    tensor arguments, None where an argument has none. Both are coroutines. The arguments are those
+    of ``whole``, and then ``lengths`` of the global operands: the sizes that are split.
+    """
+
+    name: str
+    schema: str
+    whole: Any
+    lengths: Callable[..., tuple[int, ...]]
+    forward: Callable[..., Journey]
+    backward: Callable[..., Journey]
+
+    @property
+    def op(self) -> Any:
+        """The operator as local graphs call it."""
+        return getattr(torch.ops.moptrace, self.name).default
+
+
+def ring(target: object) -> Ring | None:
+    """The row of the table for a local graph's target, or None for another operator."""
+    return _BY_OP.get(target)
+
+
+# --- once around ----------------------------------------------------------------------------------
+
+
+def around(
+    seat: Seat,
+    load: Tensors,
+    sizes: Sequence[int],
+    work: Callable[[Tensors, int], Tensors],
+    join: Callable[[Tensors, Tensors], Tensors],
+) -> Journey:
+    """Take every rank's ``load`` around the ring; return what all ranks made of this one's.
+
+    ``work(load, holder)`` is called on every rank with every rank's load, ``sizes[holder]`` long.
+    What it returns travels on with the load, is combined with the next rank's by ``join``, and is
+    home after the last hop. The next load is on its way while a rank works on this one.
+    """
+    cargo: Tensors = ()
+    moving = None
+    for hop in range(seat.ranks):
+        coming: Tensors = ()
+        following = None
+        if hop + 1 < seat.ranks:
+            coming = _buffers(load, sizes[seat.holder(hop + 1)])
+            following = yield Start(load, coming)
+        done = work(load, seat.holder(hop))
+        if moving is not None:
+            yield Wait(moving)
+            done = join(cargo, done)
+        if done and seat.ranks > 1:
+            done = tuple(x.contiguous() for x in done)
+            cargo = _buffers(done, sizes[seat.holder(hop + 1)])
+            moving = yield Start(done, cargo)
+        else:
+            cargo = done
+        if following is not None:
+            yield Wait(following)
+            load = coming
+    if moving is not None:
+        yield Wait(moving)
+    return cargo
+
+
+def _buffers(like: Tensors, length: int) -> Tensors:
+    return tuple(x.new_empty(length, *x.shape[1:]) for x in like)
+
+
+def _added(one: Tensors, other: Tensors) -> Tensors:
+    return tuple(a.add_(b) for a, b in zip(one, other, strict=True))
+
+
+# --- the vocabulary -------------------------------------------------------------------------------
+# Every rank has n of the N tokens and v of the V rows of the weight. What is smaller travels: the
+# weight's rows where n > v, else the tokens with what is known of them.
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The sizes and options of one projection, on one rank."""
+
+    seat: Seat
+    tokens: int
+    words: int
+    scale: float
+    softcap: float | None
+
+    @property
+    def weights_travel(self) -> bool:
+        return self.tokens > self.words
+
+    def start(self, holder: int) -> int:
+        """The first row of a rank's part of the weight."""
+        return sum(self.seat.sizes_of(self.words)[:holder])
+
+    def around(
+        self,
+        of_tokens: Tensors,
+        of_words: Tensors,
+        work: Callable[[Tensors, Tensors, int], tuple[Tensors, Tensors]],
+        join: Callable[[Tensors, Tensors], Tensors],
+    ) -> Journey:
+        """Bring all tokens and all words together; return what is made of this rank's own.
+
+        ``work(tokens, words, start)`` gives a result for the tokens and one for the words, and
+        ``join`` combines two of the tokens'; those of the words are added.
+        """
+        stays: Tensors = ()
+
+        def on_words(load: Tensors, holder: int) -> Tensors:
+            nonlocal stays
+            mine, done = work(of_tokens, load, self.start(holder))
+            stays = join(stays, mine) if stays else mine
+            return done
+
+        def on_tokens(load: Tensors, holder: int) -> Tensors:
+            nonlocal stays
+            done, mine = work(load, of_words, self.start(self.seat.at))
+            stays = _added(stays, mine) if stays else mine
+            return done
+
+        if self.weights_travel:
+            sizes = self.seat.sizes_of(self.words)
+            home = yield from around(self.seat, of_words, sizes, on_words, _added)
+            return stays, home
+        sizes = self.seat.sizes_of(self.tokens)
+        home = yield from around(self.seat, of_tokens, sizes, on_tokens, join)
+        return home, stays
+
+
+def _vocabulary_forward(
+    seat: Seat,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+    tokens: int,
+    words: int,
+) -> Journey:
+    """Each token's log-sum-exp, target logit and sum of logits over the whole vocabulary."""
+    here = _Vocabulary(seat, tokens, words, scale, softcap)
+
+    def work(of_tokens: Tensors, of_words: Tensors, start: int) -> tuple[Tensors, Tensors]:
+        rows, labels = of_tokens
+        options = {"start": start, "scale": scale, "softcap": softcap}
+        return vocab_shard_statistics(rows, of_words[0], labels, *of_words[1:], **options), ()
+
+    def join(one: Tensors, other: Tensors) -> Tensors:
+        return merge_statistics(VocabStatistics(*one), VocabStatistics(*other))
+
+    found, _ = yield from here.around((hidden, targets), _given(weight, bias), work, join)
+    statistics = VocabStatistics(*found)
+    return log_sum_exp(statistics), statistics.target_logit, statistics.sum_logits
+
+
+def _vocabulary_backward(
+    seat: Seat,
+    arguments: tuple[Any, ...],
+    results: Tensors,
+    gradients: Sequence[Tensor | None],
+) -> Journey:
+    """The gradients of hidden, weight and bias from those of the three results."""
+    hidden, weight, bias, targets, scale, softcap, tokens, words = arguments
+    here = _Vocabulary(seat, tokens, words, scale, softcap)
+    shift = results[0]
+    of_results = [torch.zeros_like(shift) if g is None else g.contiguous() for g in gradients]
+
+    def work(of_tokens: Tensors, of_words: Tensors, start: int) -> tuple[Tensors, Tensors]:
+        rows, labels, lse, of_exp, of_target, of_sum = of_tokens
+        of_rows, *of_weights = vocab_shard_gradients(
+            rows,
+            of_words[0],
+            labels,
+            *of_words[1:],
+            shift=lse,
+            of_exp=of_exp,
+            of_target=of_target,
+            of_sum=of_sum,
+            start=start,
+            scale=scale,
+            softcap=softcap,
+            dtype=shift.dtype,  # sums over ranks are rounded once, at their end
+        )
+        return (of_rows,), tuple(of_weights[: len(of_words)])
+
+    of_tokens = (hidden, targets, shift, *of_results)
+    (of_hidden,), of_words = yield from here.around(of_tokens, _given(weight, bias), work, _added)
+    of_weight, of_bias = (*of_words, None)[:2]
+    return (
+        of_hidden.to(hidden.dtype),
+        of_weight.to(weight.dtype),
+        None if of_bias is None else of_bias.to(weight.dtype),
+        None,
+    )
+
+
+def _given(*tensors: Tensor | None) -> Tensors:
+    return tuple(x.contiguous() for x in tensors if x is not None)
+
+
+# --- registration ---------------------------------------------------------------------------------
+
+_RINGS = (
+    Ring(
+        "ring_vocab_projection",
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float? softcap, "
+        "int tokens, int words, str axis) -> (Tensor, Tensor, Tensor)",
+        torch.ops.moptrace.vocab_projection.default,
+        lambda hidden, weight, *_: (hidden.shape[0], weight.shape[0]),
+        _vocabulary_forward,
+        _vocabulary_backward,
+    ),
+)
+RINGS: dict[Any, Ring] = {row.whole: row for row in _RINGS}
+_library = torch.library.Library("moptrace", "FRAGMENT")
+
+
+def _register(row: Ring) -> None:
+    _library.define(row.name + row.schema)
+
+    def run(*arguments: Any) -> Any:
+        *given, axis = arguments
+        return drive(row.forward(Seat.of(axis), *given), axis)
+
+    def shape(*arguments: Any) -> Any:
+        return row.whole(*arguments[: len(row.whole._schema.arguments)])
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.communicator = Communicator.current()
+        ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output)
+        ctx.rest = [x for x in inputs if not isinstance(x, Tensor)]
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        count = sum(ctx.is_tensor)
+        tensors, rest = iter(ctx.saved_tensors[:count]), iter(ctx.rest)
+        *given, axis = [next(tensors) if is_tensor else next(rest) for is_tensor in ctx.is_tensor]
+        with ctx.communicator:
+            journey = row.backward(
+                Seat.of(axis), tuple(given), ctx.saved_tensors[count:], gradients
+            )
+            found = drive(journey, axis)
+        return *found, *[None] * (len(given) + 1 - len(found))
+
+    _library.impl(row.name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moptrace::{row.name}", shape, lib=_library)
+    torch.library.register_autograd(
+        f"moptrace::{row.name}", backward, setup_context=remember, lib=_library
+    )
+
+
+for _row in _RINGS:
+    _register(_row)
+
+_BY_OP: dict[object, Ring] = {row.op: row for row in _RINGS}
