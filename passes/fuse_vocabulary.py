@@ -84,10 +84,7 @@ _MOVES = {*_VIEWS, aten.slice}
 
 @dataclass(frozen=True)
 class _Fusion:
-    """A cross entropy and the chain of nodes from the projection to its logits.
-
-    ``chain`` starts with the projection. ``moves`` are the nodes of it that move tokens.
-    """
+    """A cross entropy and the chain of nodes from the projection, the first, to its logits."""
 
     loss: fx.Node
     chain: tuple[fx.Node, ...]
@@ -107,37 +104,31 @@ class _Fusion:
         if argument(loss, 2, "weight") is not None and _smoothing(loss):
             return None
         chain = [logits]
-        if loss.target is not aten.cross_entropy_loss.default:
-            if packet(logits) not in (aten.log_softmax, aten._log_softmax):
-                return None
-            if int(logits.args[1]) % len(shape(logits)) != _class_dim(logits):  # type: ignore
-                return None
-            chain.append(logits.args[0])  # type: ignore[arg-type]
-        if _moves_classes(chain[-1]):
-            chain.append(chain[-1].args[0])  # type: ignore[arg-type]
-        elif len(shape(logits)) > 2:
-            return None
+        last = len(shape(logits)) <= 2  # the loss has its classes second, most models last
+        open_ = loss.target is not aten.cross_entropy_loss.default  # until a softmax is found
         scale, softcap = 1.0, None
-        while (product := _product(chain[-1])) is None:
+        while (product := _product(chain[-1])) is None or not last:
             node = chain[-1]
-            if packet(node) in CASTS or _moves_tokens(node):
-                pass
-            elif (factor := _factor(node)) is not None and softcap is None:
-                cap = _soft_cap(node, factor)
-                if cap is not None:
-                    softcap = factor
-                    chain += cap
-                elif packet(node.args[0]) is not aten.tanh:  # type: ignore[arg-type]
-                    scale *= factor
-                else:
+            if open_ and _is_log_softmax(node, len(shape(node)) - 1 if last else 1):
+                open_ = False
+            elif not last:
+                if not _moves_classes(node):
                     return None
-            elif factor is not None:
-                scale *= factor
+                last = True
+            elif _widens(node) or _moves_tokens(node):
+                pass
+            elif open_ or (factor := _factor(node)) is None:
+                return None
+            elif (cap := _soft_cap(node, factor)) is not None:
+                if softcap is not None or scale != 1.0:  # the operator scales, then caps, once
+                    return None
+                softcap = factor
+                chain += cap
             else:
-                return None
-            if packet(node) is aten.detach:
-                return None
+                scale *= factor
             chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+        if open_:
+            return None
         return cls(loss, tuple(reversed(chain)), *product, scale, softcap)
 
     @property
@@ -166,7 +157,7 @@ class _Fusion:
     def _values(self) -> list[fx.Node]:
         """The nodes of the chain that are the logits themselves, scaled and capped."""
         at = len(self.chain)
-        while at and (packet(self.chain[at - 1]) in CASTS or _moves_tokens(self.chain[at - 1])):
+        while at and (_widens(self.chain[at - 1]) or _moves_tokens(self.chain[at - 1])):
             at -= 1
         return list(self.chain[max(at - 1, 0) :])
 
@@ -175,7 +166,10 @@ class _Fusion:
         writer = _Writer(self.loss, self.chain[0])
         loss, target = self.loss, self.loss.args[1]
         assert isinstance(target, fx.Node)
-        words, width = shape(self.weight)
+        weight = self.weight
+        if self.chain[0].target is not aten.linear.default:  # [D, V], as a product has it
+            weight = _turned(weight) or writer.call(aten.t.default, weight)
+        words, width = shape(weight)
         rows = self.hidden
         for node in self.chain[1:]:
             if _moves_tokens(node):
@@ -186,7 +180,7 @@ class _Fusion:
         labels = target
         if len(shape(target)) != 1:
             labels = writer.call(aten.reshape.default, target, [tokens])
-        args = (rows, self.weight, self.bias, labels, self.scale, self.softcap)
+        args = (rows, weight, self.bias, labels, self.scale, self.softcap)
         three = writer.call(ops.vocab_projection.default, *args)
         lse, chosen, total = (writer.item(three, i) for i in range(3))
         writer.of = loss
@@ -262,23 +256,46 @@ class _Writer:
 
 
 def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """Hidden states, weight [V, D] and bias of a projection; None for another operator."""
-    if packet(node) is aten.linear and len(shape(node.args[1])) == 2:  # type: ignore[arg-type]
-        bias = argument(node, 2, "bias")
-        return node.args[0], node.args[1], bias  # type: ignore[return-value]
-    if packet(node) in (aten.matmul, aten.mm) and len(shape(node.args[1])) == 2:  # type: ignore
-        weight = _turned(node.args[1])
-        return (node.args[0], weight, None) if weight is not None else None  # type: ignore
-    return None
+    """Hidden states, weight and bias of a projection; None for another operator.
+
+    The weight is [V, D] where the operator is ``linear``, else [D, V].
+    """
+    if packet(node) not in (aten.linear, aten.matmul, aten.mm):
+        return None
+    hidden, weight = node.args[:2]
+    assert isinstance(hidden, fx.Node) and isinstance(weight, fx.Node)
+    if len(shape(weight)) != 2 or len(shape(hidden)) < 2 or not _is_fixed(weight):
+        return None
+    bias = argument(node, 2, "bias") if packet(node) is aten.linear else None
+    return hidden, weight, bias
 
 
-def _turned(node: Any) -> fx.Node | None:
+def _is_fixed(node: fx.Node) -> bool:
+    """Whether a weight is a parameter, cast or transposed."""
+    while node.op == "call_function" and (packet(node) in CASTS or _turned(node)):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "placeholder"
+
+
+def _turned(node: fx.Node) -> fx.Node | None:
     """The matrix of which a node is the transpose."""
-    if packet(node) in (aten.t, aten.numpy_T):
-        return node.args[0]
-    if packet(node) in (aten.transpose, aten.permute):
-        return node.args[0]
+    if packet(node) in (aten.t, aten.numpy_T, aten.transpose, aten.permute):
+        return node.args[0]  # type: ignore[return-value]
     return None
+
+
+def _is_log_softmax(node: fx.Node, classes: int) -> bool:
+    return packet(node) in (aten.log_softmax, aten._log_softmax) and (
+        int(node.args[1]) % len(shape(node)) == classes  # type: ignore[arg-type]
+    )
+
+
+def _widens(node: fx.Node) -> bool:
+    """Whether the node is a copy, or a cast that loses nothing."""
+    if packet(node) not in CASTS or packet(node) is aten.detach:
+        return False
+    before, after = roles.tensor(node.args[0]).dtype, roles.tensor(node).dtype  # type: ignore
+    return torch.promote_types(before, after) == after
 
 
 def _moves_tokens(node: fx.Node) -> bool:
@@ -291,10 +308,6 @@ def _moves_tokens(node: fx.Node) -> bool:
     if packet(node) is aten.slice:
         return int(argument(node, 1, "dim", 0)) % len(after) != len(after) - 1
     return True
-
-
-def _class_dim(node: fx.Node) -> int:
-    return 1 if len(shape(node)) > 1 else 0
 
 
 def _moves_classes(node: fx.Node) -> bool:
