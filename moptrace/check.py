@@ -19,7 +19,7 @@ from moptrace import roles
 from moptrace.collectives import COLLECTIVES, collective
 from moptrace.core import Level, Program
 from moptrace.errors import CheckError
-from moptrace.infer import Held, infer, satisfies
+from moptrace.infer import Held, infer, satisfies, token_blocks
 from moptrace.placement import (
     INVARIANT,
     PARTIAL,
@@ -132,6 +132,7 @@ class _Placements:
         self.program = program
         self.layout = program.layout
         self.differentiable: set[fx.Node] = set()
+        self.tokens: dict[fx.Node, Placement] = {}  # of routed rows, when they were dispatched
         trained = {p.name for p in program.signature.parameters if p.requires_grad}
         for node in program.graph.nodes:
             value = roles.value(node)
@@ -139,6 +140,13 @@ class _Placements:
             floating = any(isinstance(v, Tensor) and v.is_floating_point() for v in values)
             reached = any(x in self.differentiable for x in node.all_input_nodes)
             detached = node.target is torch.ops.aten.detach.default
+            for x in node.all_input_nodes:
+                if x in self.tokens:
+                    self.tokens[node] = self.tokens[x]
+            if node.target is ops.dispatch.default:
+                tokens = roles.placement(operands(node)[0])
+                assert tokens is not None
+                self.tokens[node] = tokens
             if node.name in trained or (floating and reached and not detached):
                 self.differentiable.add(node)
 
@@ -187,8 +195,11 @@ class _Placements:
         outs = [p for p in roles.placements(node) if p is not None]
         views = {p.view for x in inputs if (p := roles.placement(x)) is not None}
         views |= {p.view for p in outs}
+        if rule.has_tokens:
+            views |= {self.tokens[x].view for x in inputs if x in self.tokens}
         views.discard(self.layout.home)
-        view = views.pop() if views else self.layout.home
+        order = (self.layout.tokens, self.layout.experts)
+        view = next((v for v in order if v in views), self.layout.home)
         for axis in view.axes:
             if axis.size == 1:
                 continue
@@ -216,7 +227,9 @@ class _Placements:
         if said is None:
             return None
         live = node in self.differentiable
-        return Held(said.kind(axis), roles.tensor(node).numel() if live else 0, live)
+        weight = roles.tensor(node).numel() if live else 0
+        blocks = token_blocks(self.tokens.get(node), view, axis)
+        return Held(said.kind(axis), weight, live, blocks)
 
     def _same(self, node: fx.Node, have: Kind, need: Kind) -> bool:
         return satisfies(Held(have, differentiable=node in self.differentiable), need)

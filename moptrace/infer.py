@@ -18,13 +18,15 @@ from moptrace.placement import (
     REPLICATE,
     Invariant,
     Kind,
+    Placement,
     Replicate,
     Rows,
     Shard,
+    View,
 )
 from moptrace.rules import JOINT, Dims, Rule
 
-__all__ = ["Demand", "Held", "infer", "satisfies"]
+__all__ = ["Demand", "Held", "infer", "satisfies", "token_blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,14 @@ class Held:
 
     ``weight`` is how much moving it would cost (0 for values made of parameters alone, which are
     gathered before use rather than decide how activations are split). ``differentiable`` is False
-    for values that carry no gradient: for these, replicated and invariant are the same.
+    for values that carry no gradient: for these, replicated and invariant are the same. ``blocks``
+    are those in which the tokens of routed rows were split when they were dispatched.
     """
 
     kind: Kind
     weight: int = 0
     differentiable: bool = True
+    blocks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,13 @@ def satisfies(held: Held, need: Kind) -> bool:
     return not held.differentiable and isinstance(held.kind, alike) and isinstance(need, alike)
 
 
+def token_blocks(tokens: Placement | None, view: View, axis: str) -> int:
+    """The blocks in which an axis splits the tokens of routed rows, given their placement."""
+    said = tokens.expressed_in(view) if tokens else None
+    kind = said.kind(axis) if said else None
+    return kind.blocks if isinstance(kind, Shard) else 1
+
+
 def infer(rule: Rule, held: Sequence[Held], parts: int) -> Demand:
     """Apply ``rule`` along an axis of ``parts`` ranks to operands that are held as given.
 
@@ -89,7 +100,7 @@ def _choose(rule: Rule, held: Sequence[Held], parts: int) -> _Split | None:
     """The factor to split: what costs least to keep; an expert's weight draws its rows."""
     best: tuple[int, _Split] | None = None
     for position, (dims, operand) in enumerate(zip(rule.operands, held, strict=True)):
-        split = _split_of(rule, dims, operand.kind)
+        split = _split_of(rule, dims, operand)
         if split is None or not rule.splittable(split.factor, parts, split.blocks):
             continue
         if rule.counts is not None and split.factor == "e" and position != rule.counts:
@@ -99,14 +110,14 @@ def _choose(rule: Rule, held: Sequence[Held], parts: int) -> _Split | None:
     return best[1] if best else None
 
 
-def _split_of(rule: Rule, dims: Dims, kind: Kind) -> _Split | None:
-    """The factor that an operand of this kind has split already."""
-    match kind:
+def _split_of(rule: Rule, dims: Dims, operand: Held) -> _Split | None:
+    """The factor that an operand has split already."""
+    match operand.kind:
         case Shard(dim, blocks):
             return _factor_at(rule, dims[dim], blocks)
         case Rows(by):
             if dims and dims[0] == "s|e":
-                return _Split("s" if by == "token" else "e")
+                return _Split("s", blocks=operand.blocks) if by == "token" else _Split("e")
             return _Split(dims[0], by) if dims and dims[0] and "." not in dims[0] else None
         case _:
             return None
@@ -126,6 +137,8 @@ def _factor_at(rule: Rule, dim: str | None, blocks: int) -> _Split | None:
 def _operand(rule: Rule, position: int, split: _Split, dims: Dims) -> Kind:
     if position == rule.counts and split.factor == "s":
         return PARTIAL  # each rank counts its own tokens' pairs; all ranks together have them all
+    if rule.together and split.factor == rule.together[0] and split.factor not in dims:
+        split = _Split(rule.together[1])
     return _carried(rule, dims, split) or REPLICATE
 
 

@@ -25,7 +25,13 @@ from moptrace.collectives import COLLECTIVES, Communicator
 from moptrace.core import Parameter, Program
 from moptrace.errors import MoptraceError
 from moptrace.passes.default import canonical, sharded
-from moptrace.passes.shard_parameters import batch_size, expert_counts, expert_dims, storage
+from moptrace.passes.shard_parameters import (
+    batch_sizes,
+    expert_counts,
+    expert_dims,
+    is_split,
+    storage,
+)
 from moptrace.placement import Layout, Placement, Shard
 from moptrace.plan import Plan
 from moptrace.trace import rebuild, trace
@@ -71,6 +77,7 @@ class ParallelModule(nn.Module):
         self.train(model.training)
         ranks: list[int] = mesh.mesh.flatten().tolist()
         self._world = len(ranks)
+        self._batch_axes = (self._world // plan.cp, plan.cp)
         self._canonical = canonical()(self._capture(batch))
         self.plan = plan.resolve(self._world, expert_counts(self._canonical))
         self.layout = self.plan.layout(self._world)
@@ -201,7 +208,7 @@ class ParallelModule(nn.Module):
         """Capture the model on the global batch of which ``batch`` is one rank's part."""
         model = self._skeleton[0]
         model.train(self.training)
-        return trace(model, _global(batch, self._world), loss_fn=self._loss_fn)
+        return trace(model, _global(batch, self._batch_axes), loss_fn=self._loss_fn)
 
     # --- looking at it ---
 
@@ -222,22 +229,26 @@ class ParallelModule(nn.Module):
     # --- batches and whole tensors ---
 
     def local_batch(self, batch: Any) -> Any:
-        """This rank's part of a global batch: its share of dimension 0, in order.
+        """This rank's part of a global batch: its share of the sequences, and of their tokens.
 
-        Raises MoptraceError where the ranks cannot share the sequences evenly.
+        Raises MoptraceError where the ranks cannot share them evenly.
         """
         leaves = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
-        size = batch_size([tuple(x.shape) for x in leaves])
-        if size is not None and size % self._world:
-            padded = -(-size // self._world) * self._world
-            raise MoptraceError(
-                f"a batch of {size} sequences cannot be shared by {self._world} ranks; pad it to "
-                f"{padded} sequences and ignore the padding with label -100"
-            )
+        sizes = batch_sizes([tuple(x.shape) for x in leaves])
+        axes = self.layout.tokens.axes
+        for axis, size, what in zip(axes, sizes, ("sequences", "tokens"), strict=False):
+            if size is not None and size % axis.size:
+                padded = -(-size // axis.size) * axis.size
+                raise MoptraceError(
+                    f"a batch of {size} {what} cannot be shared by {axis.size} ranks; pad it to "
+                    f"{padded} {what} and ignore the padding with label -100"
+                )
 
         def own(x: Any) -> Any:
-            if isinstance(x, Tensor) and x.dim() and x.shape[0] == size:
-                return x.chunk(self._world)[self._communicator.rank]
+            if isinstance(x, Tensor):
+                for dim, axis in enumerate(axes):
+                    if is_split(x.shape, dim, sizes):
+                        x = x.chunk(axis.size, dim)[self._communicator.coordinate(axis.name)]
             return x
 
         return pytree.tree_map(own, batch)
@@ -377,16 +388,18 @@ def _key(training: bool, batch: Mapping[str, Any]) -> tuple[Any, ...]:
     return ("train" if training else "eval", str(spec), *shapes)
 
 
-def _global(batch: Mapping[str, Any], world: int) -> dict[str, Any]:
-    """Fake tensors of the global shapes: dimension 0 of the batch holds every rank's sequences."""
+def _global(batch: Mapping[str, Any], ranks: Sequence[int]) -> dict[str, Any]:
+    """Fake tensors of the global shapes: of so many ranks' sequences, and tokens of each."""
     leaves = [x for x in pytree.tree_leaves(dict(batch)) if isinstance(x, Tensor)]
-    size = batch_size([tuple(x.shape) for x in leaves])
+    sizes = batch_sizes([tuple(x.shape) for x in leaves])
 
     def grown(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        split = x.dim() > 0 and x.shape[0] == size
-        shape = (size * world, *x.shape[1:]) if split and size else x.shape
+        shape = list(x.shape)
+        for dim, count in enumerate(ranks):
+            if is_split(x.shape, dim, sizes):
+                shape[dim] *= count
         return torch.empty(shape, dtype=x.dtype, device="meta")
 
     return pytree.tree_map(grown, dict(batch))
@@ -406,7 +419,13 @@ def _connect(storage_mesh: DeviceMesh, layout: Layout, ranks: Sequence[int]) -> 
     everyone = ranks == list(range(dist.get_world_size()))
     home = dist.group.WORLD if everyone else dist.new_group(ranks, use_local_synchronization=True)
     groups[layout.home.axes[0].name] = home
-    return Communicator(layout, list(ranks).index(dist.get_rank()), groups)
+    me = list(ranks).index(dist.get_rank())
+    for axis in layout.tokens.axes if layout.tokens != layout.home else ():
+        for members in layout.tokens.groups(axis.name):
+            if me in members:
+                own = [ranks[i] for i in members]
+                groups[axis.name] = dist.new_group(own, use_local_synchronization=True)
+    return Communicator(layout, me, groups)
 
 
 def _make_equal(tensors: Mapping[str, Tensor], group: Any, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Where a tensor lives: named axes over the ranks, and one kind of ownership per axis.
 
 The W ranks are numbered ``0 .. W-1``. A *view* is a reshape of ``arange(W)`` with a name for each
-axis; several views of the same ranks overlap freely (tokens see ``dp``, experts see ``edp, ep``).
+axis; several views of the same ranks overlap freely (tokens see ``dp, cp``, experts ``edp, ep``).
 A *placement* says, for each axis of one view, how the ranks along that axis hold a tensor:
 
 ==============  =============================================  =========================
@@ -266,27 +266,32 @@ def _chunks(size: int, parts: int) -> Iterable[int]:
 class Layout:
     """The views in which a program sees its ranks.
 
-    ``home`` is the view of everything outside the experts. ``experts`` is the view of the experts
-    and of parameter storage: every parameter is a ``DTensor`` on this one mesh, so optimizers and
-    norms see a single mesh.
+    ``tokens`` is the view of activations: sequences are split over ``dp``, and the tokens of each
+    over ``cp``. ``experts`` is the view of the experts and of parameter storage: every parameter is
+    a ``DTensor`` on this one mesh, so optimizers and norms see a single mesh. ``home`` has all
+    ranks on one axis: what all views say alike is said there. Without ``cp`` it is ``tokens``.
     """
 
     home: View
+    tokens: View
     experts: View
 
     def __post_init__(self) -> None:
-        if self.home.size != self.experts.size:
-            raise ValueError(f"{self.home} and {self.experts} are not views of the same ranks")
+        if not self.home.size == self.tokens.size == self.experts.size:
+            raise ValueError(f"{self} are not views of the same ranks")
 
     @classmethod
-    def of(cls, world_size: int, ep: int = 1) -> Layout:
-        """Tokens over all ranks, experts over sub-groups of ``ep`` consecutive ranks."""
-        if ep < 1 or world_size % ep:
-            raise ValueError(f"ep={ep} does not divide {world_size} ranks")
-        return cls(
-            View("home", (Axis("dp", world_size),)),
-            View("experts", (Axis("edp", world_size // ep), Axis("ep", ep))),
-        )
+    def of(cls, world_size: int, ep: int = 1, cp: int = 1) -> Layout:
+        """Experts over sub-groups of ``ep`` consecutive ranks, each sequence over ``cp``."""
+        for name, size in (("ep", ep), ("cp", cp)):
+            if size < 1 or world_size % size:
+                raise ValueError(f"{name}={size} does not divide {world_size} ranks")
+        home = tokens = View("home", (Axis("dp", world_size),))
+        if cp > 1:
+            home = View("home", (Axis("world", world_size),))
+            tokens = View("tokens", (Axis("dp", world_size // cp), Axis("cp", cp)))
+        experts = View("experts", (Axis("edp", world_size // ep), Axis("ep", ep)))
+        return cls(home, tokens, experts)
 
     @property
     def world_size(self) -> int:
@@ -294,7 +299,8 @@ class Layout:
 
     @property
     def views(self) -> tuple[View, ...]:
-        return (self.home, self.experts)
+        """The distinct views."""
+        return tuple(dict.fromkeys((self.home, self.tokens, self.experts)))
 
     @cached_property
     def _view_of_axis(self) -> dict[str, View]:
@@ -310,10 +316,10 @@ class Layout:
     def sizes(self, length: int, axis: str) -> tuple[int, ...]:
         """The slice of a dimension of ``length`` that each rank along ``axis`` holds.
 
-        An axis over all ranks splits in the nested order of parameter storage, so that a
+        The axis over all ranks splits in the nested order of parameter storage, so that a
         parameter's shards are those of its ``DTensor``.
         """
-        if self.view_of(axis) is self.home and len(self.home.axes) == 1:
+        if self.view_of(axis) is self.home:
             return chunk_sizes(length, [a.size for a in self.experts.axes])
         return chunk_sizes(length, (self.size(axis),))
 

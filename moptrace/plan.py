@@ -25,8 +25,9 @@ class Plan:
     ``logits_bytes``: the largest logits that a rank holds whole; where its tokens have larger ones,
     the loss is taken from blocks of them, and the model's logits output is ``None`` in training
     unless ``keep_logits``.
-    ``tp``, ``cp``, ``pp`` and ``etp`` (tensor, context, pipeline, expert tensor parallel) are 1:
-    larger sizes are refused until their passes exist.
+    ``cp``: ranks that share the tokens of each sequence (context parallel).
+    ``tp``, ``pp`` and ``etp`` (tensor, pipeline, expert tensor parallel) are 1: larger sizes are
+    refused until their passes exist.
 
     >>> Plan(ep=2).resolve(world_size=4, experts=[8]).ep
     2
@@ -47,16 +48,16 @@ class Plan:
 
         Raises PlanError, with the plans that would fit, where a size does not divide W.
         """
-        for name in ("tp", "cp", "pp", "etp"):
+        for name in ("tp", "pp", "etp"):
             if getattr(self, name) != 1:
                 raise PlanError(
                     f"{name}={getattr(self, name)} is not available yet; leave {name}=1. "
-                    "Data, expert and sharded-parameter parallelism are."
+                    "Data, context, expert and sharded-parameter parallelism are."
                 )
         if self.edp not in ("shard", "replicate"):
             raise PlanError(f"edp is 'shard' or 'replicate', not {self.edp!r}")
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        for name in ("ep", "vp"):
+        for name in ("ep", "vp", "cp"):
             size = getattr(self, name)
             if size is not None and size not in divisors:
                 fitting = ", ".join(f"Plan({name}={d})" for d in divisors)
@@ -75,7 +76,7 @@ class Plan:
     def layout(self, world_size: int) -> Layout:
         """The views of the ranks under a resolved plan."""
         assert self.ep is not None, "resolve the plan first"
-        return Layout.of(world_size, self.ep)
+        return Layout.of(world_size, self.ep, self.cp)
 
     @classmethod
     def from_mesh(cls, names: tuple[str, ...] | None, sizes: tuple[int, ...]) -> Plan:

@@ -47,6 +47,8 @@ class Rule:
     result carries are added up (else they must stay whole). ``average`` says that they are
     averaged: the local result must be divided by the number of ranks. ``random`` marks operators
     that draw numbers. ``counts`` is the operand that says how many rows each expert has.
+    ``together`` are two factors, of which splitting the first splits the second too: the local
+    operator takes one to the other (``rings.py``).
     """
 
     operands: tuple[Dims, ...]
@@ -57,6 +59,7 @@ class Rule:
     average: bool = False
     random: bool = False
     counts: int | None = None
+    together: tuple[str, str] | None = None
     quantum: dict[str, int] = field(default_factory=dict)
 
     def splittable(self, factor: str, parts: int, blocks: int = 1) -> bool:
@@ -67,6 +70,11 @@ class Rule:
         if not self.summed and factor not in kept:
             return False
         return self.quantum.get(factor, 0) % (parts * blocks) == 0
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether tokens stand beside rows that are routed: they are dispatched or combined."""
+        return any("s" in dims for dims in (*self.operands, *self.results))
 
     def __str__(self) -> str:
         sides = (self.operands, self.results)
@@ -717,9 +725,13 @@ def combine(node: fx.Node) -> Rule:
 
 
 def vocab_projection(node: fx.Node) -> Rule:
-    """Tokens and words are split together: the local operator takes one to the other (rings.py)."""
-    bias = [("r",)] if node.args[2] is not None else []
-    return Rule((("r", "D"), ("r", "D"), *bias, ("r",)), (("r",),) * 3)
+    bias = [("v",)] if node.args[2] is not None else []
+    return Rule(
+        (("n", "D"), ("v", "D"), *bias, ("n",)),
+        (("n",),) * 3,
+        whole=frozenset({"v"}),
+        together=("n", "v"),
+    )
 
 
 def constant(node: fx.Node) -> Rule:

@@ -145,14 +145,13 @@ class SimulatedRanks:
         assert program.layout is not None
         self.program, self.signature, self.seed = program, program.signature, seed
         self.steps = 0
-        view = program.layout.experts
         self._held: dict[str, Placement] = {}
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 placement = roles.placement(node)
-                said = placement.expressed_in(view) if placement else None
-                assert said is not None, f"%{node.name} is not placed"
-                self._held[node.name] = said
+                assert placement is not None, f"%{node.name} is not placed"
+                stored = placement.expressed_in(program.layout.experts)
+                self._held[node.name] = stored or placement
         wholes = {p.name: state.stack(p, whole) for p in self.signature.parameters}
         wholes |= {b.name: whole[b.fqn] for b in self.signature.buffers}
         self.ranks = [self._parts(wholes, rank) for rank in range(program.layout.world_size)]

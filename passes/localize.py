@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES, conversion
 from moptrace.core import Level, Pass, Program
+from moptrace.errors import PlacementError
 from moptrace.placement import (
     PARTIAL,
     Kind,
@@ -132,6 +134,8 @@ class _Localizer:
             dim = argument(node, 2, "dim", 0)
             lengths = [piece.shape[dim] for piece in roles.value(new)]
             new.update_arg(1, lengths[0] if packet is aten.split else lengths)
+        if packet in (aten.view, aten._unsafe_view):  # a rank's part may lie otherwise in memory
+            new.target = aten.reshape.default
         at = _SIZE_ARGUMENT.get(packet)
         placement = roles.placement(node)
         if packet is aten.squeeze:  # a split dimension may have become 1 as well
@@ -182,7 +186,10 @@ class _Localizer:
         ]
         if not axes:
             return
-        (axis,) = axes
+        every = len(axes) == len([axis for axis in placement.view.axes if axis.size > 1])
+        if len(axes) > 1 and not every:
+            raise PlacementError(f"{node.target} would travel around {axes} ({roles.where(node)})")
+        axis = axes[0] if len(axes) == 1 else self.layout.home.axes[0].name
         row = RINGS[node.target]
         lengths = row.lengths(*map(roles.value, node.all_input_nodes))
         new.target = row.op
@@ -193,6 +200,8 @@ class _Localizer:
         placement = roles.placement(node)
         operand = roles.placement(node.all_input_nodes[0])
         assert placement is not None and operand is not None
+        operand = operand.expressed_in(placement.view) or operand
+        placement = placement.expressed_in(operand.view) or placement
         parts = math.prod(
             axis.size
             for axis, before, after in zip(
@@ -218,7 +227,7 @@ class _Localizer:
         split = next((k for k in (before, after) if isinstance(k, Shard) and k.blocks > 1), None)
         if split is not None:
             return self._blocked(node, name, axis, split)
-        arguments = _arguments(name, before, after, axis, tuple(roles.tensor(x).shape))
+        arguments = _arguments(name, before, after, axis, lambda dim: self._length(x, dim, axis))
         return self._call(node, COLLECTIVES[name].op, (self.new[x], *arguments), None)
 
     def _blocked(self, node: fx.Node, name: str, axis: str, split: Shard) -> fx.Node:
@@ -232,27 +241,32 @@ class _Localizer:
         apart = [*shape[:dim], blocks, length, *shape[dim + 1 :]]
         value = roles.tensor(x).new_empty(apart)
 
+        def opened_kind(kind: Kind) -> Kind:
+            if not isinstance(kind, Shard) or kind.dim < dim:
+                return kind
+            if kind.dim > dim:
+                return Shard(kind.dim + 1, kind.blocks)
+            inside = kind.blocks >= blocks  # it splits every block, not the blocks
+            return Shard(dim + 1, kind.blocks // blocks) if inside else kind
+
         def described(new: fx.Node, of: fx.Node) -> fx.Node:
-            placement = roles.placement(of)
-            assert placement is not None
-            kinds = tuple(
-                Shard(dim + 1)
-                if k == split
-                else Shard(k.dim + (k.dim > dim))
-                if isinstance(k, Shard)
-                else k
-                for k in placement.kinds
-            )
-            shown = Placement(placement.view, kinds)
+            placement = self._said(of, axis)
+            shown = Placement(placement.view, tuple(map(opened_kind, placement.kinds)))
             roles.set_role(new, placements=(shown,))
             roles.set_value(new, _resized(value, local_shape(value.shape, shown, self.layout)))
             return new
 
+        pairs = zip(self._said(x, axis).view.axes, self._said(x, axis).kinds, strict=True)
+        others = [(a.size, opened_kind(k)) for a, k in pairs if a.name != axis]
+        own = [*apart]
+        for at in (dim, dim + 1):
+            for count in (n for n, kind in others if isinstance(kind, Shard) and kind.dim == at):
+                own[at] = _divided_size(own[at], count, node)
         sizes = [*self._local_value(x).shape]
-        sizes[dim : dim + 1] = [blocks, sizes[dim] // blocks]
+        sizes[dim : dim + 1] = [own[dim], sizes[dim] // own[dim]]
         opened = described(self._call(x, aten.view.default, (self.new[x], sizes), rule), x)
         row = COLLECTIVES[name].op
-        moved = described(self._call(node, row, (opened, axis, dim + 1, length), None), node)
+        moved = described(self._call(node, row, (opened, axis, dim + 1, own[dim + 1]), None), node)
         joined = list(self._local_value(node).shape)
         return self._call(node, aten.reshape.default, (moved, joined), _reversed(rule))
 
@@ -284,12 +298,24 @@ class _Localizer:
             self.tables[key] = table
         return self.tables[key]
 
-    def _with_kind(self, node: fx.Node, axis: str, kind: Kind) -> Placement:
-        """The node's placement with another kind along one axis."""
+    def _length(self, node: fx.Node, dim: int, axis: str) -> int:
+        """The size of a dimension that the ranks of an axis share: what the others leave of it."""
+        size = roles.tensor(node).shape[dim]
+        for other in self._said(node, axis).axes_of_dim(dim):
+            if other.name != axis:
+                size = _divided_size(size, other.size, node)
+        return size
+
+    def _said(self, node: fx.Node, axis: str) -> Placement:
+        """The node's placement in the view of an axis."""
         placement = roles.placement(node)
         said = placement.expressed_in(self.layout.view_of(axis)) if placement else None
         assert said is not None, f"{node.format_node()} cannot be said in the view of {axis}"
-        return said.with_kind(axis, kind)
+        return said
+
+    def _with_kind(self, node: fx.Node, axis: str, kind: Kind) -> Placement:
+        """The node's placement with another kind along one axis."""
+        return self._said(node, axis).with_kind(axis, kind)
 
     def _call(self, node: fx.Node, target: Any, args: tuple[Any, ...], rule: Any) -> fx.Node:
         """A new node that stands for ``node``."""
@@ -312,10 +338,20 @@ def _counts_rows(node: fx.Node) -> bool:
 def _blocks_apart(rank: int, dim: int, blocks: int, length: int) -> Rule:
     """The view that makes the blocks of a dimension a dimension of their own."""
     dims = [f"d{i}" for i in range(rank)]
-    apart = (*dims[:dim], "B", dims[dim], *dims[dim + 1 :])
-    joined = (*dims[:dim], f"B.{dims[dim]}", *dims[dim + 1 :])
-    sizes = {"B": blocks, dims[dim]: length}
+    apart = (*dims[:dim], "b", dims[dim], *dims[dim + 1 :])
+    joined = (*dims[:dim], f"b.{dims[dim]}", *dims[dim + 1 :])
+    sizes = {"b": blocks, dims[dim]: length}
     return Rule((joined,), (apart,), frozenset({0}), quantum=sizes)
+
+
+def _divided_size(size: int, parts: int, node: fx.Node) -> int:
+    """The share of another axis of a dimension that two axes split."""
+    if size % parts:
+        raise PlacementError(
+            f"a dimension of {size} is split over two axes, and {parts} ranks of one of them do "
+            f"not divide it ({roles.where(node)})"
+        )
+    return size // parts
 
 
 def _reversed(rule: Rule) -> Rule:
@@ -327,14 +363,14 @@ def _divided(rule: Rule) -> Rule:
 
 
 def _arguments(
-    name: str, source: Kind, target: Kind, axis: str, shape: tuple[int, ...]
+    name: str, source: Kind, target: Kind, axis: str, length: Callable[[int], int]
 ) -> tuple[Any, ...]:
-    """The arguments after the tensor; lengths are global."""
+    """The arguments after the tensor; lengths are those that the axis's ranks share."""
     if name == "all_to_all":
         assert isinstance(source, Shard) and isinstance(target, Shard)
-        return (axis, target.dim, shape[target.dim], source.dim, shape[source.dim])
+        return (axis, target.dim, length(target.dim), source.dim, length(source.dim))
     if "int dim" not in COLLECTIVES[name].schema:
         return (axis,)
     split = source if isinstance(source, Shard) else target
     assert isinstance(split, Shard)
-    return (axis, split.dim, shape[split.dim])
+    return (axis, split.dim, length(split.dim))

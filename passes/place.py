@@ -14,7 +14,7 @@ from moptrace import roles
 from moptrace.collectives import conversion
 from moptrace.core import Level, Pass, Program, erase_dead
 from moptrace.errors import PlacementError
-from moptrace.infer import Held, infer, satisfies
+from moptrace.infer import Held, infer, satisfies, token_blocks
 from moptrace.placement import (
     INVARIANT,
     PARTIAL,
@@ -95,6 +95,7 @@ class _Placer:
         self.differentiable: set[fx.Node] = set()
         self.of_parameters: set[fx.Node] = set()  # made of parameters alone
         self.counts: dict[fx.Node, fx.Node] = {}  # routed rows -> the counts of their dispatch
+        self.tokens: dict[fx.Node, Placement] = {}  # routed rows -> how their tokens were split
         self.moved: dict[tuple[fx.Node, str, Kind], fx.Node] = {}
 
     # --- one node ---
@@ -130,8 +131,14 @@ class _Placer:
         if inputs and all(x in self.of_parameters for x in inputs):
             self.of_parameters.add(node)
         for x in inputs:
-            if x in self.counts:
-                self.counts[node] = self.counts[x]
+            self._inherit(node, x)
+
+    def _inherit(self, node: fx.Node, x: fx.Node) -> None:
+        """What is made of routed rows has their counts and their tokens."""
+        if x in self.counts:
+            self.counts[node] = self.counts[x]
+        if x in self.tokens:
+            self.tokens[node] = self.tokens[x]
 
     def _getitem(self, node: fx.Node) -> None:
         source, at = node.args
@@ -147,13 +154,22 @@ class _Placer:
         rule = rule_for(node)
         if rule is None or not all(r is not None for r in results(node)):
             rule = self._whole(node, inputs)
-        view = self._view(inputs)
+        view = self._view(inputs, rule)
+        for position, x in enumerate(inputs):
+            inputs[position] = self._returned(x, view, before=node)
+            if inputs[position] is not x:
+                _replace_operand(node, position, inputs[position])
         placed = [self._in_view(x, view) for x in inputs]
         needs: list[list[Kind]] = [[] for _ in inputs]
         gives: list[list[Kind]] = [[] for _ in rule.results]
         for axis in view.axes:
             held = [
-                Held(p.kind(axis.name), self._weight(x), x in self.differentiable)
+                Held(
+                    p.kind(axis.name),
+                    self._weight(x),
+                    x in self.differentiable,
+                    token_blocks(self.tokens.get(x), view, axis.name),
+                )
                 for x, p in zip(inputs, placed, strict=True)
             ]
             demand = infer(rule, held, axis.size)
@@ -168,6 +184,10 @@ class _Placer:
                 _replace_operand(node, position, moved)
         outs = tuple(self.layout.normalised(Placement(view, tuple(kinds))) for kinds in gives)
         roles.set_role(node, placements=outs, rule=rule)
+        if node.target is torch.ops.moptrace.dispatch.default:
+            tokens = roles.placement(operands(node)[0])
+            assert tokens is not None
+            self.tokens[node] = tokens
 
     def _whole(self, node: fx.Node, inputs: list[fx.Node]) -> Rule:
         """A rule that splits nothing, for an operator that has none."""
@@ -199,11 +219,25 @@ class _Placer:
     def _weight(self, node: fx.Node) -> int:
         return 0 if node in self.of_parameters else roles.tensor(node).numel()
 
-    def _view(self, inputs: list[fx.Node]) -> View:
-        """The view in which an operator sees its operands."""
+    def _view(self, inputs: list[fx.Node], rule: Rule) -> View:
+        """The view in which an operator sees its operands: that of its tokens, if it has any."""
         views = {p.view for x in inputs if (p := roles.placement(x)) is not None}
-        views.discard(self.layout.home)
-        return views.pop() if views else self.layout.home
+        if rule.has_tokens:
+            views |= {self.tokens[x].view for x in inputs if x in self.tokens}
+        for view in (self.layout.tokens, self.layout.experts):
+            if view in views and view != self.layout.home:
+                return view
+        return self.layout.home
+
+    def _returned(self, x: fx.Node, view: View, before: fx.Node) -> fx.Node:
+        """Routed rows that meet tokens return to their tokens' ranks first."""
+        placement = roles.placement(x)
+        assert placement is not None, f"{x.format_node()} is not placed"
+        routed = all(isinstance(kind, Rows) for kind in placement.kinds)
+        if not routed or placement.expressed_in(view) is not None:
+            return x
+        home = Placement.uniform(placement.view, Rows("token"))
+        return self._move(x, placement, home, before)
 
     def _in_view(self, node: fx.Node, view: View) -> Placement:
         placement = roles.placement(node)
@@ -224,12 +258,20 @@ class _Placer:
         home_now, home_wanted = self.layout.normalised(now), self.layout.normalised(wanted)
         if home_now.view == home_wanted.view:
             now, wanted = home_now, home_wanted
+        elif self._splits_all(home_now):  # over all ranks in one order: no axis alone can say it
+            kind = INVARIANT if INVARIANT in wanted.kinds else REPLICATE
+            x = self._move(x, home_now, Placement.uniform(home_now.view, kind), before)
+            now = Placement.uniform(now.view, kind)
         middle = _untangled(now, wanted)
         for axis in reversed(now.view.axes):  # inner slices are gathered before outer ones
             x, now = self._step(x, now, axis, middle.kind(axis.name), before)
         for axis in now.view.axes:
             x, now = self._step(x, now, axis, wanted.kind(axis.name), before)
         return x
+
+    def _splits_all(self, placement: Placement) -> bool:
+        """Whether all ranks split one dimension, along the one axis that has them all."""
+        return placement.view == self.layout.home and isinstance(placement.kinds[0], Shard)
 
     def _step(
         self, x: fx.Node, now: Placement, axis: Axis, target: Kind, before: fx.Node
@@ -287,8 +329,7 @@ class _Placer:
             self.differentiable.add(new)
         if x in self.of_parameters:
             self.of_parameters.add(new)
-        if x in self.counts:
-            self.counts[new] = self.counts[x]
+        self._inherit(new, x)
         return new
 
     # --- the end ---

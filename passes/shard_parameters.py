@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,19 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.core import Level, Parameter, Pass, Program
+from moptrace.errors import PlanError
 from moptrace.placement import INVARIANT, Kind, Layout, Placement, Shard
 from moptrace.rules import operands, rule_for
 
-__all__ = ["expert_counts", "expert_dims", "shard_batch", "shard_parameters", "storage"]
+__all__ = [
+    "batch_sizes",
+    "expert_counts",
+    "expert_dims",
+    "is_split",
+    "shard_batch",
+    "shard_parameters",
+    "storage",
+]
 
 
 def shard_parameters(layout: Layout, edp: str = "shard") -> Pass:
@@ -97,35 +106,53 @@ def _origins(node: Any, dim: int) -> Iterator[tuple[fx.Node, int]]:
 
 
 def shard_batch(layout: Layout) -> Pass:
-    """Split dimension 0 of the batch over all ranks: each rank has its own sequences.
+    """Split the batch: sequences over ``dp``, and the tokens of each over ``cp``.
 
     The batch size is dimension 0 of the batch's first tensor with two dimensions or more (else of
-    the first with one); every input with the same dimension 0 is split, the others are held alike
-    (position ids for all sequences, scalars). Requires: that size is divided by the ranks.
+    the first with one), and the length is its dimension 1. Every input with that dimension 0 is
+    split there, and every one with that dimension 1 there; the others are held alike (scalars).
+    Requires: the ranks divide these sizes.
     """
 
     def rewrite(program: Program) -> Program:
         graph, _ = program.copy_graph()
         nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-        size = batch_size([x.shape for x in program.signature.inputs])
+        sizes = batch_sizes([x.shape for x in program.signature.inputs])
+        for axis, size in zip(layout.tokens.axes, sizes, strict=False):
+            if axis.name != "dp" and size is not None and size % axis.size:
+                raise PlanError(
+                    f"sequences of {size} tokens cannot be split over {axis}; pad them to "
+                    f"{-(-size // axis.size) * axis.size} and ignore the padding with label -100"
+                )
         for entry in program.signature.inputs:
-            split = bool(entry.shape) and entry.shape[0] == size
-            kind: Kind = Shard(0) if split else INVARIANT
-            placement = Placement.uniform(layout.home, kind)
+            kinds = tuple(
+                Shard(dim) if is_split(entry.shape, dim, sizes) else INVARIANT
+                for dim, _ in enumerate(layout.tokens.axes)
+            )
+            placement = layout.normalised(Placement(layout.tokens, kinds))
             roles.set_role(nodes[entry.name], placements=(placement,))
         return replace(program, graph=graph, layout=layout)
 
     return Pass("shard_batch", rewrite, (("layout", str(layout)),), takes=(Level.CANONICAL,))
 
 
-def batch_size(shapes: list[tuple[int, ...]]) -> int | None:
-    """The number of sequences in a batch of inputs with these shapes; None without inputs.
+def batch_sizes(shapes: Sequence[tuple[int, ...]]) -> tuple[int | None, int | None]:
+    """The number of sequences in a batch of inputs with these shapes, and their length.
 
-    >>> batch_size([(), (1, 128), (4, 128)]), batch_size([(16,)])
-    (1, 16)
+    >>> batch_sizes([(), (1, 128), (4, 128)]), batch_sizes([(16,)]), batch_sizes([()])
+    ((1, 128), (16, None), (None, None))
     """
     for rank in (2, 1):
         for shape in shapes:
             if len(shape) >= rank:
-                return shape[0]
-    return None
+                return shape[0], shape[1] if rank == 2 else None
+    return None, None
+
+
+def is_split(shape: Sequence[int], dim: int, sizes: tuple[int | None, int | None]) -> bool:
+    """Whether an input's dimension counts sequences (0) or their tokens (1).
+
+    >>> is_split((1, 128), 0, (4, 128)), is_split((1, 128), 1, (4, 128))
+    (False, True)
+    """
+    return len(shape) > dim and shape[dim] == sizes[dim]
