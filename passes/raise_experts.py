@@ -173,7 +173,11 @@ def _refuse_leftovers(graph: fx.Graph, domains: Domains) -> None:
         meaning = domains.meaning[node]
         if node.target is ops.grouped_mm.default or _selects(node, meaning):
             raise refusal(node, "rows of experts whose results are not added up for each token")
-        if isinstance(meaning, Rows) and not meaning.done and _weighs_values(node, meaning):
+        if (
+            isinstance(meaning, Rows)
+            and not meaning.done
+            and _weighs_values(node, meaning, domains)
+        ):
             raise refusal(
                 node, "a selection of experts by which values of tokens are multiplied, but whose "
                 "results are not added up over all experts",
@@ -198,13 +202,14 @@ def _selects(node: fx.Node, meaning: Any) -> bool:
     return math.prod(n for n in features_of(node, meaning.dims) if isinstance(n, int)) > 1
 
 
-def _weighs_values(node: fx.Node, meaning: Rows) -> bool:
+def _weighs_values(node: fx.Node, meaning: Rows, domains: Domains) -> bool:
     """Whether a matrix of tokens and experts goes on to multiply values of more features.
 
     Routers and auxiliary losses use such matrices too, but not on wider values; and in sparse
-    attention a softmax comes first.
+    attention a softmax comes first. Weights that experts outside the selection have too are no
+    selection any more: such a model is dense.
     """
-    if "token" not in kinds(meaning.dims):
+    if "token" not in kinds(meaning.dims) or meaning.off:
         return False
     if meaning.expert is None and "expert" not in kinds(meaning.dims):
         return False
@@ -212,7 +217,7 @@ def _weighs_values(node: fx.Node, meaning: Rows) -> bool:
     stack, seen = [node], set[fx.Node]()
     while stack:
         for user in stack.pop().users:
-            if user in seen:
+            if user in seen or _fills_in(user, domains):
                 continue
             seen.add(user)
             product = packet(user) is aten.mul or contraction(user) is not None
@@ -232,6 +237,18 @@ def _weighs_values(node: fx.Node, meaning: Rows) -> bool:
             ):
                 stack.append(user)
     return False
+
+
+def _fills_in(node: fx.Node, domains: Domains) -> bool:
+    """Whether a sum gives weights to the experts outside a selection, which has zeros there."""
+    if packet(node) not in (aten.add, aten.sub):
+        return False
+    operands = [domains.rows(x) for x in node.args]
+    if None not in operands:
+        return False
+    selection = next((rows for rows in operands if rows is not None), None)
+    value = node.args[operands.index(None)]
+    return selection is not None and selection.off == 0 and value != 0
 
 
 def _routes(node: fx.Node, depth: int = 6) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from moptrace.passes.axes import (
     CASTS,
+    OF_ONE,
     Along,
     Axis,
     Contraction,
@@ -288,14 +289,10 @@ def along_rule(domains: Domains, node: fx.Node, along: Along) -> Meaning:
     )
     if axes:
         return mixing_rule(domains, node, first, along, kept, axes)
-    on = first.on if len(operands) == 1 and packet(node) in _PIECES else None
-    off = (
-        first.off
-        if len(operands) == 1 and packet(node) in _PIECES | {aten.sum, aten.mean}
-        else None
+    on, off = (
+        _constant_along(node, along, at) if len(operands) == 1 else None
+        for at in (first.on, first.off)
     )
-    if off != 0 and packet(node) not in _PIECES:
-        off = None
     if off is None and (first.expert is not None or "expert" in kinds(first.dims)):
         if not kinds(first.dims) & {"branch"}:
             return None
@@ -306,6 +303,14 @@ def along_rule(domains: Domains, node: fx.Node, along: Along) -> Meaning:
 
 
 _PIECES = {aten.split, aten.chunk, aten.split_with_sizes, aten.slice, aten.select, aten.unbind}
+
+
+def _constant_along(node: fx.Node, along: Along, value: Any) -> Any:
+    """What an operator along features gives where they all are ``value``, if that is known."""
+    alone = all(shape(tensors(node)[0])[d] == 1 for d in along.mixed)
+    if packet(node) in _PIECES or (alone and packet(node) in OF_ONE):
+        return value
+    return value if value == 0 and packet(node) in (aten.sum, aten.mean, aten.any) else None
 
 
 def mixing_rule(
@@ -356,7 +361,7 @@ def reduced(domains: Domains, node: fx.Node, rows: Rows, kept: Dims, axes: set[A
     whole = "slot" not in left and "expert" not in left and rows.expert is None
     if not whole:
         return replace(rows, dims=kept, on=rows.on)
-    if all(kept) or carried(kept) != set(routing.tokens):
+    if all(rows.dims) or all(kept) or carried(kept) != set(routing.tokens):
         return None  # a number for each token: no result of experts
     return Rows(kept, routing, done=True)
 
@@ -385,7 +390,8 @@ def contraction_rule(domains: Domains, node: fx.Node, product: Contraction) -> M
     experts = {m.expert for m in rows if "branch" not in kinds(m.dims)} - {None}
     if len(experts) > 1:
         return None
-    joint = tuple(meaning.values())
+    letters = dict.fromkeys(letter for operand in product.letters for letter in operand)
+    joint = tuple(meaning.get(letter, ()) for letter in letters)
     off = 0 if any(m.off == 0 for m in rows) and product.bias is None else None
     result = Rows(joint, routing, off=off, expert=experts.pop() if experts else None)
     if (result.expert is not None or "expert" in kinds(joint)) and off is None:
@@ -396,18 +402,16 @@ def contraction_rule(domains: Domains, node: fx.Node, product: Contraction) -> M
         )
     if not gone:
         return None if replace(result, dims=kept).total else replace(result, dims=kept)
-    if not _spread(product, meaning, gone):
-        return None
-    return reduced(domains, node, result, kept, gone)
+    left = reduced(domains, node, result, kept, gone)
+    ends = isinstance(left, Rows) and left.done
+    return None if ends and not _spread(product, meaning) else left
 
 
-def _spread(product: Contraction, meaning: dict[str, Space], gone: set[Axis]) -> bool:
+def _spread(product: Contraction, meaning: dict[str, Space]) -> bool:
     """Whether an operand besides the routing weights depends on tokens and on what is summed away.
 
     A matrix of tokens and keys times values, as in sparse attention, is no mixture of experts.
     """
-    if {a.kind for a in gone} == {"token"}:
-        return True
     for letters in product.letters:
         spaces = [meaning.get(letter, ()) for letter in letters]
         axes = {a.kind for space in spaces for a in space}

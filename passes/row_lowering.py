@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from moptrace import roles
 from moptrace.passes.axes import (
+    OF_ONE,
     RESHAPES,
     Dims,
     Space,
@@ -349,6 +350,9 @@ class Lowering(Products):
         if not present:
             return Form("plain", self.with_operands(node, [form.value for form in forms]))
         kind = "experts" if present == {"experts"} and len(operands) == 1 else "rows"
+        if packet(node) in OF_ONE and all(shape(operands[0])[d] == 1 for d in along.mixed):
+            if roles.tensor(operands[0]).dtype == roles.tensor(node).dtype:
+                return self._moved(nodes, dims, forms[0])
         values: list[fx.Node] = []
         for i, form in enumerate(forms):
             whole = i == 0 or along.place is not None
