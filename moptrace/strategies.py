@@ -385,7 +385,7 @@ def model_specs(styles: tuple[str, ...] = tuple(STYLES)) -> SearchStrategy[Model
 
     @st.composite
     def specs(draw: Any) -> ModelSpec:
-        experts = draw(st.integers(2, 9))
+        experts = draw(st.integers(1, 9))
         layers = draw(st.lists(st.sampled_from(["moe", "dense"]), min_size=1, max_size=3))
         style = draw(st.sampled_from(styles))
         return ModelSpec(

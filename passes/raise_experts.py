@@ -68,16 +68,15 @@ def _raise_experts(program: Program) -> Program:
     domains = interpret(graph)
     stacks = Stacks(graph, program.signature)
     raiser = _Raiser(graph, domains, stacks)
-    blocks = 0
     for node in list(graph.nodes):
         if raiser.ends_here(node):
             raiser.rewrite_end(node)
-            blocks += 1
     erase_dead(graph)
     signature = stacks.finish(program.signature)
     _refuse_leftovers(graph, domains)
     result = program.with_graph(graph, signature=signature)
-    return result if blocks else result.with_note(WITHOUT_EXPERTS)
+    routed = any(node.target is ops.combine.default for node in graph.nodes)
+    return result if routed else result.with_note(WITHOUT_EXPERTS)
 
 
 @dataclass
@@ -212,6 +211,8 @@ def _weighs_values(node: fx.Node, meaning: Rows, domains: Domains) -> bool:
     if "token" not in kinds(meaning.dims) or meaning.off:
         return False
     if meaning.expert is None and "expert" not in kinds(meaning.dims):
+        return False
+    if meaning.routing.experts == 1:
         return False
     size = numel(node)
     stack, seen = [node], set[fx.Node]()

@@ -154,16 +154,22 @@ def pointwise_rule(domains: Domains, node: fx.Node) -> Meaning:
         return None
     expert = experts.pop() if experts else None
     on, off = (_constant(node, domains, at) for at in ("on", "off"))
-    result = Rows(dims, routing, on=on, off=off, expert=expert)
+    lookup = packet(node) in CASTS and rows[0].lookup
+    result = Rows(dims, routing, on=on, off=off, expert=expert, lookup=lookup)
     if expert is not None or "expert" in kinds(dims):
         if off is None:
             return None
-    if result.total and packet(node) not in CASTS:
-        wide = [numel(x) for x in operands if domains.rows(x) is None]
-        tokens = math.prod(a.size or 1 for a in routing.tokens)
-        if packet(node) is not aten.mul or max(wide, default=0) > tokens:
-            return None
-    return result
+    return result if not result.total or _goes_on(domains, node) else None
+
+
+def _goes_on(domains: Domains, node: fx.Node) -> bool:
+    """Whether an operator on complete values is the experts' own, and not what comes after them."""
+    rows = [domains.rows(x) for x in tensors(node)]
+    if any(m is not None and m.lookup for m in rows) or None not in rows:
+        return True
+    wide = max(numel(x) for x, m in zip(tensors(node), rows, strict=True) if m is None)
+    tokens = next(math.prod(a.size or 1 for a in m.routing.tokens) for m in rows if m is not None)
+    return packet(node) is aten.mul and wide <= tokens
 
 
 def _joint_dims(domains: Domains, node: fx.Node, operands: Iterable[fx.Node]) -> Dims | None:
@@ -296,7 +302,8 @@ def along_rule(domains: Domains, node: fx.Node, along: Along) -> Meaning:
     if off is None and (first.expert is not None or "expert" in kinds(first.dims)):
         if not kinds(first.dims) & {"branch"}:
             return None
-    result = Rows(kept, first.routing, on=on, off=off, expert=first.expert)
+    lookup = len(operands) == 1 and first.lookup
+    result = Rows(kept, first.routing, on=on, off=off, expert=first.expert, lookup=lookup)
     if result.total and any(shape(operands[0])[d] != 1 for d in along.mixed):
         return None
     return result
@@ -401,7 +408,8 @@ def contraction_rule(domains: Domains, node: fx.Node, product: Contraction) -> M
             node, "the sizes of its groups are not the numbers of pairs of experts"
         )
     if not gone:
-        return None if replace(result, dims=kept).total else replace(result, dims=kept)
+        result = replace(result, dims=kept)
+        return result if not result.total or any(m.lookup for m in rows) else None
     left = reduced(domains, node, result, kept, gone)
     ends = isinstance(left, Rows) and left.done
     return None if ends and not _spread(product, meaning) else left
@@ -429,6 +437,10 @@ def select_rule(domains: Domains, node: fx.Node) -> Meaning:
         return Span(meaning.routing, 0 if meaning.running else number, number + 1)
     if isinstance(meaning, Rows) and not meaning.done:
         return along_rule(domains, node, positions(node))  # type: ignore[arg-type]
+    if isinstance(meaning, Index) and isinstance(dim, int):
+        at = dim % len(meaning.dims)
+        if shape(node.args[0])[at] == 1:  # type: ignore[arg-type]
+            return replace(meaning, dims=(*meaning.dims[:at], *meaning.dims[at + 1 :]))
     return None
 
 

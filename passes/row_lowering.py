@@ -75,6 +75,8 @@ class Lowering(Products):
         meaning = self.domains.meaning.get(node)
         if len(nodes) == 1 and isinstance(meaning, Sum) and (own is not None or finished):
             return self._lower_sum(node, meaning)
+        if own is not None and (sorted_ := self._sorted_source(nodes, own)) is not None:
+            return self.lower((sorted_,), self.domains.meaning[sorted_].dims)
         if len(nodes) > 1 and (form := self._lower_varying(nodes, dims, own)) is not None:
             return form
         if own is None and not finished and len(nodes) == 1:
@@ -112,28 +114,32 @@ class Lowering(Products):
 
     def _lower_varying(self, nodes: Nodes, dims: Dims, own: Rows | None) -> Form | None:
         """Nodes that differ from expert to expert, other than by their operands."""
-        first = nodes[0]
         if (found := _pieces_of_one(nodes)) is not None:
             source, dim = found
             if own is None or own.expert is not None:
                 wider = (*dims[:dim], (self.routing.expert,), *dims[dim:])
                 return self.lower((source,), wider)
-            parent = self.domains.rows(source)
-            if parent is not None:
-                return self.lower((source,), parent.dims)
-        if _same_slices(nodes):
-            source: fx.Node = first.args[0]  # type: ignore[assignment,no-redef]
-            parent = self.domains.rows(source)
-            if parent is not None and "sorted" in kinds(parent.dims):
-                return self.lower((source,), parent.dims)
-            if (dim := _column(nodes)) is not None:
-                return self._lower_columns(nodes, dims, dim)
+        if _same_slices(nodes) and (dim := _column(nodes)) is not None:
+            return self._lower_columns(nodes, dims, dim)
         if own is None and not any(dims):
             if (stacked := self.stacks.parameter(nodes)) is not None:
                 return Form("experts", stacked)
             if not _mappable(nodes):
                 return Form("experts", self.emit(aten.stack.default, list(nodes), 0))
         return None
+
+    def _sorted_source(self, nodes: Nodes, own: Rows) -> fx.Node | None:
+        """The sorted rows of which the nodes are the rows of expert 0, 1, ..."""
+        if "branch" not in kinds(own.dims):
+            return None
+        if _same_slices(nodes):
+            source: Any = nodes[0].args[0]
+        elif (found := _pieces_of_one(nodes)) is not None:
+            source = found[0]
+        else:
+            return None
+        parent = self.domains.rows(source)
+        return source if parent is not None and "sorted" in kinds(parent.dims) else None
 
     def _lower_columns(self, nodes: Nodes, dims: Dims, dim: int) -> Form:
         """Slices 0:1, 1:2, ... of a dimension of experts: the dimension stays, with size 1."""

@@ -31,6 +31,7 @@ from moptrace.passes.row_domains import (
     Meaning,
     Position,
     Ranking,
+    Routing,
     Rows,
     Span,
     Sum,
@@ -184,7 +185,21 @@ def gather_rows(
         return None  # integers compared with a constant need not choose experts: ignored labels
     if kinds(dims) <= {"token", "slot"} and kinds((targets[0],)) != {"expert"}:
         return None
-    return Rows(result, routing)
+    lookup = targets == [(routing.expert,)]
+    if lookup and not _begins(routing, shape(source)[first:]):
+        return None
+    return Rows(result, routing, lookup=lookup)
+
+
+def _begins(routing: Routing, sizes: Sequence[Any]) -> bool:
+    """Whether a table that is read at a single choice has parameters of experts.
+
+    Matrices are; vectors alone are an embedding or a codebook, and beside matrices biases.
+    """
+    if routing.slot or len(sizes) > 2:
+        routing.experts, routing.looked_up = routing.experts or sizes[0], True
+        return True
+    return routing.looked_up
 
 
 def unified(axes: Sequence[Space], targets: Sequence[Space]) -> dict[Axis, Space] | None:

@@ -16,7 +16,7 @@ from models import LanguageModel, Sizes, StackedExperts
 from moptrace import Layout, Program, trace
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.raise_experts import WITHOUT_EXPERTS
-from moptrace.testing import assert_same_step, eager_step, simulated_step, whole_state
+from moptrace.testing import ModelSpec, assert_same_step, eager_step, simulated_step, whole_state
 
 LAYOUTS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 2))  # ranks, and over how many experts are split
 SEQUENCES = 12
@@ -155,3 +155,44 @@ def test_boolean_masks_of_one_choice(style: type[nn.Module]) -> None:
     program = canonical_of(model)
     assert combines(program) == 1 and not program.notes
     assert_same_on_ranks(program, model)
+
+
+# ---- One choice, and one expert ------------------------------------------------------------------
+
+
+def in_style(style: Callable[..., nn.Module], **sizes: int) -> nn.Module:
+    torch.manual_seed(0)
+    return LanguageModel(style, Sizes(layers=1, **sizes)).to(torch.float64)
+
+
+def gathered_together(self: Any, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    w1, w3 = torch.cat([self.w1, self.w3], dim=-1)[chosen[:, 0]].chunk(2, dim=-1)
+    hidden = F.silu(x.unsqueeze(1) @ w1) * (x.unsqueeze(1) @ w3)
+    return (hidden @ self.w2[chosen[:, 0]]).squeeze(1) * weights
+
+
+GATHERS = {
+    "GatherBmm": models.GatherBmm,
+    "GatherEinsum": models.GatherEinsum,
+    "pieces of a gathered parameter": partial(Written, mix=gathered_together),
+}
+
+
+@pytest.mark.parametrize("style", GATHERS)
+def test_parameters_gathered_for_one_choice(style: str) -> None:
+    model = in_style(GATHERS[style], k=1)
+    program = canonical_of(model)
+    assert combines(program) == 1
+    assert_same_on_ranks(program, model)
+
+
+@pytest.mark.parametrize("style", [*models.MODULE_STYLES, *models.STACKED_STYLES])
+def test_a_single_expert(style: type[nn.Module]) -> None:
+    model = in_style(style, experts=1, k=1)
+    program = canonical_of(model)
+    assert bool(combines(program)) != (WITHOUT_EXPERTS in program.notes)
+    assert_same_on_ranks(program, model)
+
+
+def test_a_block_of_canonical_operators_is_no_dense_model() -> None:
+    assert not canonical_of(ModelSpec(style="canonical").build()).notes
