@@ -102,6 +102,7 @@ _ALSO_POINTWISE = {
     aten._to_copy, aten.to, aten.contiguous, aten.alias, aten.detach, aten.dropout,
     aten.floor_divide, aten.lift_fresh_copy, aten.where, aten.masked_fill, aten.hardswish,
     aten.log_sigmoid, aten.type_as, aten.div, aten.pow, aten.feature_dropout,
+    aten.zeros_like, aten.ones_like, aten.full_like,
 }  # fmt: skip
 
 

@@ -188,7 +188,10 @@ def _joint_dims(domains: Domains, node: fx.Node, operands: Iterable[fx.Node]) ->
 
 
 def _constant(node: fx.Node, domains: Domains, at: str) -> Any:
-    """What the operator gives at selected ("on") or other ("off") pairs, where that is constant."""
+    """What the operator gives at selected ("on") or other ("off") pairs, where that is constant.
+
+    At other pairs a factor of zero decides; at selected ones the other factor still is computed.
+    """
 
     def known(x: Any) -> Any:
         if not isinstance(x, fx.Node):
@@ -198,9 +201,9 @@ def _constant(node: fx.Node, domains: Domains, at: str) -> Any:
 
     args = [known(x) for x in node.args]
     match packet(node):
-        case aten.mul if any(is_literal(a) and a == 0 for a in args):
+        case aten.mul if at == "off" and any(is_literal(a) and a == 0 for a in args):
             return 0
-        case aten.div if is_literal(args[0]) and args[0] == 0:
+        case aten.div if at == "off" and is_literal(args[0]) and args[0] == 0:
             return 0
         case aten.masked_fill if args[1] is not _UNKNOWN:
             return args[2] if args[1] and is_literal(args[2]) else _or_none(args[0])

@@ -71,7 +71,7 @@ class Lowering(Products):
     def _lower(self, nodes: Nodes, dims: Dims, own: Rows | None, finished: bool) -> Form:
         node = nodes[0]
         if own is not None and own.on is not None:
-            return ONE if own.on == 1 else Form("plain", self._constant(node, own.on))
+            return ONE if own.on == 1 else Form("plain", self._constant(node, own))
         meaning = self.domains.meaning.get(node)
         if len(nodes) == 1 and isinstance(meaning, Sum) and (own is not None or finished):
             return self._lower_sum(node, meaning)
@@ -85,14 +85,11 @@ class Lowering(Products):
                 return form
         return self._lower_operator(nodes, dims)
 
-    def _constant(self, node: fx.Node, value: Any) -> fx.Node:
+    def _constant(self, node: fx.Node, own: Rows) -> fx.Node:
         example = roles.tensor(node)
+        sizes = [1 if space else n for n, space in zip(shape(node), own.dims, strict=True)]
         return self.emit(
-            aten.full.default,
-            [1] * example.dim(),
-            value,
-            dtype=example.dtype,
-            device=example.device,
+            aten.full.default, sizes, own.on, dtype=example.dtype, device=example.device
         )
 
     def _lower_sum(self, node: fx.Node, meaning: Sum) -> Form:

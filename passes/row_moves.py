@@ -320,7 +320,8 @@ def write_rows(
         return None
     routing = rows.routing
     previous = domains.meaning.get(base)
-    previous = previous if isinstance(previous, Rows) and previous.routing is routing else None
+    if not isinstance(previous, Rows) or previous.routing is not routing or fill_of(base) == 0:
+        previous = None
     onto_tokens = kinds(dims) == {"token"}
     if not adds and (added := _added_to(domains, node, base, maps, values)) is not None:
         values, adds = added, True

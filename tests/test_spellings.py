@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import models
 from models import LanguageModel, Sizes, StackedExperts
-from moptrace import Layout, Program, trace
+from moptrace import Layout, Program, strategies, trace
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.raise_experts import WITHOUT_EXPERTS
 from moptrace.testing import ModelSpec, assert_same_step, eager_step, simulated_step, whole_state
@@ -195,4 +195,30 @@ def test_a_single_expert(style: type[nn.Module]) -> None:
 
 
 def test_a_block_of_canonical_operators_is_no_dense_model() -> None:
-    assert not canonical_of(ModelSpec(style="canonical").build()).notes
+    assert not canonical_of(
+        ModelSpec(style="canonical", vocabulary=models.VOCABULARY).build()
+    ).notes
+
+
+# ---- Gradients that are zero by structure --------------------------------------------------------
+
+HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a literal zero": lambda gate, up: F.silu(gate) + 0 * up,
+    "nothing but zero": lambda gate, up: 0 * up,
+    "zeros like the rows": lambda gate, up: F.silu(gate) + up * torch.zeros_like(up),
+    "a constant": lambda gate, up: torch.full_like(gate, 2.0),
+    "detached": lambda gate, up: F.silu(gate) + up.detach(),
+    "unused": lambda gate, up: F.silu(gate),
+}
+
+
+@pytest.mark.parametrize("style", ["loop_where", "dense_loop", "sort_slices", "one_hot"])
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_gradients_that_are_zero_by_structure(
+    hidden: str, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(strategies.GATINGS, "written", HIDDEN[hidden])
+    model = ModelSpec(style=style, gating="written", vocabulary=models.VOCABULARY).build()
+    program = canonical_of(model)
+    assert combines(program) == 1
+    assert_same_on_ranks(program, model)
