@@ -26,6 +26,7 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.core import Level, Pass, Program, erase_dead
+from moptrace.errors import RoleError
 from moptrace.passes.axes import (
     RESHAPES,
     contraction,
@@ -65,6 +66,7 @@ def raise_experts() -> Pass:
 
 def _raise_experts(program: Program) -> Program:
     graph, _ = program.copy_graph()
+    _share_views(graph)
     domains = interpret(graph)
     stacks = Stacks(graph, program.signature)
     raiser = _Raiser(graph, domains, stacks)
@@ -77,6 +79,24 @@ def _raise_experts(program: Program) -> Program:
     result = program.with_graph(graph, signature=signature)
     routed = any(node.target is ops.combine.default for node in graph.nodes)
     return result if routed else result.with_note(WITHOUT_EXPERTS)
+
+
+def _share_views(graph: fx.Graph) -> None:
+    """Make equal views of one parameter one node, as where a loop takes them anew for each expert.
+
+    Ensures: what corresponding nodes of experts are pieces of is the same node.
+    """
+    views: dict[Any, fx.Node] = {}
+    fixed = {node for node in graph.nodes if node.op == "placeholder"}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or (node.args[:1] and node.args[0] not in fixed):
+            continue
+        if packet(node) in RESHAPES or permutation(node) is not None:
+            first = views.setdefault((node.target, repr((node.args, node.kwargs))), node)
+            fixed.add(first)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
 
 
 @dataclass
@@ -105,13 +125,27 @@ class _Raiser(Lowering):
         with self.graph.inserting_before(node):
             rows = self._rows_of_end(node, meaning)
             if self.routing in self.dispatches and self.dispatches[self.routing].waits:
-                raise refusal(node, "a Mixture-of-Experts block that reads no tokens")
+                raise self._without_tokens(node)
             result = self._combined(rows, node, meaning)
             base = meaning.base if isinstance(meaning, Sum) else None
             if base is not None:
                 result = self.emit(aten.add.Tensor, self.replaced.get(base, base), result)
         node.replace_all_uses_with(result)
         self.replaced[node] = result
+
+    def _without_tokens(self, node: fx.Node) -> RoleError:
+        """The error for experts whose rows do not come from a value for each token."""
+        if any(math.prod(shape(n)[1:]) > 1 for n in self.graph.nodes if self._pairs_of(n)):
+            return refusal(
+                node, "experts that read a value for each pair of a token and its expert",
+                "bring tokens to their experts once, and add up the results for each token before "
+                "anything else, such as attention, uses them",
+            )  # fmt: skip
+        return refusal(node, "a Mixture-of-Experts block that reads no tokens")
+
+    def _pairs_of(self, node: fx.Node) -> bool:
+        order = self.dispatches[self.routing].order
+        return node.target is ops.pair_rows.default and node.args[1] is order
 
     def _rows_of_end(self, node: fx.Node, meaning: Rows) -> fx.Node:
         form = self.lower((node,), meaning.dims, finished=True)

@@ -360,7 +360,8 @@ def reduced(domains: Domains, node: fx.Node, rows: Rows, kept: Dims, axes: set[A
             rows.on == 1
             and rows.off == 0
             and left <= {"expert"}
-            and carried(rows.dims) >= set(routing.pairs)
+            and carried(rows.dims) >= set(routing.tokens)
+            and (routing.distinct or carried(rows.dims) >= set(routing.slot))
         ):
             return (
                 Counts(routing) if left else Span(routing, rows.expert or 0, (rows.expert or 0) + 1)
