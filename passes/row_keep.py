@@ -165,11 +165,14 @@ def pointwise_rule(domains: Domains, node: fx.Node) -> Meaning:
 def _goes_on(domains: Domains, node: fx.Node) -> bool:
     """Whether an operator on complete values is the experts' own, and not what comes after them."""
     rows = [domains.rows(x) for x in tensors(node)]
-    if any(m is not None and m.lookup for m in rows) or None not in rows:
+    routing = next(m.routing for m in rows if m is not None)
+    if packet(node) in CASTS or any(m is not None and m.lookup for m in rows):
         return True
-    wide = max(numel(x) for x, m in zip(tensors(node), rows, strict=True) if m is None)
-    tokens = next(math.prod(a.size or 1 for a in m.routing.tokens) for m in rows if m is not None)
-    return packet(node) is aten.mul and wide <= tokens
+    if None not in rows and routing.looked_up:
+        return True
+    wide = [numel(x) for x, m in zip(tensors(node), rows, strict=True) if m is None]
+    tokens = math.prod(a.size or 1 for a in routing.tokens)
+    return packet(node) is aten.mul and max(wide, default=0) <= tokens
 
 
 def _joint_dims(domains: Domains, node: fx.Node, operands: Iterable[fx.Node]) -> Dims | None:

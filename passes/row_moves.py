@@ -31,7 +31,6 @@ from moptrace.passes.row_domains import (
     Meaning,
     Position,
     Ranking,
-    Routing,
     Rows,
     Span,
     Sum,
@@ -186,20 +185,14 @@ def gather_rows(
     if kinds(dims) <= {"token", "slot"} and kinds((targets[0],)) != {"expert"}:
         return None
     lookup = targets == [(routing.expert,)]
-    if lookup and not _begins(routing, shape(source)[first:]):
-        return None
+    if lookup:
+        matrices = len(shape(source)) > first + 2
+        if not (matrices or routing.slot or routing.looked_up):
+            return None  # vectors alone are an embedding or a codebook; beside matrices, biases
+        routing.looked_up = True
+        if matrices or routing.certain:
+            routing.experts = routing.experts or shape(source)[first]
     return Rows(result, routing, lookup=lookup)
-
-
-def _begins(routing: Routing, sizes: Sequence[Any]) -> bool:
-    """Whether a table that is read at a single choice has parameters of experts.
-
-    Matrices are; vectors alone are an embedding or a codebook, and beside matrices biases.
-    """
-    if routing.slot or len(sizes) > 2:
-        routing.experts, routing.looked_up = routing.experts or sizes[0], True
-        return True
-    return routing.looked_up
 
 
 def unified(axes: Sequence[Space], targets: Sequence[Space]) -> dict[Axis, Space] | None:

@@ -206,15 +206,15 @@ def one_hot_rule(domains: Domains, node: fx.Node) -> Meaning:
     ids = domains.choice(node.args[0])
     if ids is None or ids.routing is None or ids.to != (ids.routing.expert,):
         return None
-    ids.routing.experts = ids.routing.experts or shape(node)[-1]
-    return _matrix(ids.dims, ids.routing, on=1, off=0)
+    return _matrix(ids.dims, ids.routing, shape(node)[-1], on=1, off=0)
 
 
-def _matrix(dims: Dims, routing: Routing, **constant: Any) -> Rows:
+def _matrix(dims: Dims, routing: Routing, columns: int, **constant: Any) -> Rows | None:
     """A value for each of ``dims`` and expert; the dimension of one expert carries nothing."""
-    if routing.experts == 1:
-        return Rows((*dims, ()), routing, expert=0, **constant)
-    return Rows((*dims, (routing.expert,)), routing, **constant)
+    routing.experts = routing.experts or columns
+    if routing.experts > 1:
+        return Rows((*dims, (routing.expert,)), routing, **constant)
+    return Rows((*dims, ()), routing, expert=0, **constant) if columns == 1 else None
 
 
 def compare_rule(domains: Domains, node: fx.Node) -> Meaning:
@@ -263,9 +263,8 @@ def scatter_rule(domains: Domains, node: fx.Node) -> Meaning:
         return None
     if any(a.kind == "slot" for space in ids.dims[:-1] for a in space) or not ids.routing.distinct:
         return None
-    ids.routing.experts = ids.routing.experts or shape(node)[-1]
     on = source if is_literal(source) else fill_of(source)
-    return _matrix(ids.dims[:-1], ids.routing, on=on, off=fill)
+    return _matrix(ids.dims[:-1], ids.routing, shape(node)[-1], on=on, off=fill)
 
 
 def counts_rule(domains: Domains, node: fx.Node) -> Meaning:
