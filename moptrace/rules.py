@@ -761,6 +761,8 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     aten.expand: expand,
     aten.unsqueeze: unsqueeze,
     aten.squeeze: squeeze,
+    aten.type_as: type_as,
+    **dict.fromkeys((aten.view_as_complex, aten.view_as_real), complex_pairs),
     aten.slice: slices,
     aten.select: select,
     aten.unbind: unbind,
@@ -779,8 +781,6 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
         (aten.clone, aten._to_copy, aten.detach, aten.contiguous, aten.copy, aten.lift_fresh_copy),
         pointwise,
     ),
-    aten.type_as: type_as,
-    **dict.fromkeys((aten.view_as_complex, aten.view_as_real), complex_pairs),
     aten.sum: reduction(summed=True),
     aten.mean: reduction(summed=True, average=True),
     **dict.fromkeys(
