@@ -38,7 +38,7 @@ from moptrace.passes.axes import (
     shape,
     tensors,
 )
-from moptrace.passes.row_domains import Domains, Position, Rows, Sum
+from moptrace.passes.row_domains import Domains, Position, Rows, Sum, is_literal
 from moptrace.passes.row_emitter import features_of, refusal
 from moptrace.passes.row_lowering import Lowering
 from moptrace.passes.row_rules import interpret
@@ -282,8 +282,9 @@ def _fills_in(node: fx.Node, domains: Domains) -> bool:
     if None not in operands:
         return False
     selection = next((rows for rows in operands if rows is not None), None)
-    value = node.args[operands.index(None)]
-    return selection is not None and selection.off == 0 and value != 0
+    other = node.args[operands.index(None)]
+    nothing = is_literal(other) and other == 0
+    return selection is not None and selection.off == 0 and not nothing
 
 
 def _routes(node: fx.Node, depth: int = 6) -> bool:

@@ -134,7 +134,7 @@ def _views() -> Iterator[Sample]:
     yield call(aten.squeeze.default, real(6, 1, 5))
     yield call(aten.squeeze.default, real(3, 1, 2))
     yield call(aten.view_as_real.default, torch.view_as_complex(real(6, 5, 2)))
-    yield call(aten.view_as_complex.default, real(6, 5, 2))
+    yield value(aten.view_as_complex.default, real(6, 5, 2))
 
 
 def _parts() -> Iterator[Sample]:
