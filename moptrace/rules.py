@@ -746,6 +746,22 @@ def like(node: fx.Node) -> Rule:
     return _same(node, random=torch.Tag.nondeterministic_seeded in node.target.tags)  # type: ignore
 
 
+def type_as(node: fx.Node) -> Rule:
+    """Only the type of the second operand matters; one of the same shape may be split alike."""
+    first, second = (_shape(x) for x in operands(node))
+    dims = _dims("d", len(first))
+    other = dims if first == second else tuple(f"X{i}" for i in range(len(second)))
+    return Rule((dims, other), (dims,))
+
+
+def complex_pairs(node: fx.Node) -> Rule:
+    """A dimension of two, the real and the imaginary part, becomes a complex number, or back."""
+    before, after = len(_shape(operands(node)[0])), roles.tensor(node).dim()
+    dims, pair = _dims("d", min(before, after)), ("P",)
+    ins, outs = (dims + pair * (rank > len(dims)) for rank in (before, after))
+    return Rule((ins,), (outs,), frozenset({0}))
+
+
 def new_like(node: fx.Node) -> Rule:
     """new_zeros and friends: only the type of the operand matters."""
     operand = operands(node)[0]
@@ -768,6 +784,8 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     aten.expand: expand,
     aten.unsqueeze: unsqueeze,
     aten.squeeze: squeeze,
+    aten.type_as: type_as,
+    **dict.fromkeys((aten.view_as_complex, aten.view_as_real), complex_pairs),
     aten.slice: slices,
     aten.select: select,
     aten.unbind: unbind,

@@ -640,10 +640,14 @@ class _Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Fact:
-    """The kind of a number or tensor, and which dimension runs over the experts, if one does."""
+    """The kind of a number or tensor, and which dimension runs over the experts, if one does.
+
+    ``among`` is the number of experts of which a choice can be, where a top-k decides it.
+    """
 
     kind: _Kind
     experts: int | None = None
+    among: int | None = None
 
 
 _UNKNOWN, _PLAIN, _CHOICE = _Fact(_Kind.UNKNOWN), _Fact(_Kind.PLAIN), _Fact(_Kind.CHOICE)
@@ -733,7 +737,13 @@ def _same(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
 
 def _selection(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
     """Indices of the largest values: a choice, unless only the batch's own integers are sorted."""
-    return _PLAIN if known[_args(node)[0]].kind is _Kind.PLAIN else _CHOICE
+    source = _args(node)[0]
+    if known[source].kind is _Kind.PLAIN:
+        return _PLAIN
+    if node.target is not aten.topk.default:
+        return _CHOICE
+    dim = _args(node)[2] if len(_args(node)) > 2 else -1
+    return replace(_CHOICE, among=roles.tensor(source).shape[dim])
 
 
 def _element(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
@@ -801,7 +811,8 @@ def _reduced(total: _Kind) -> _FactRule:
         elif experts is not None and not keep:
             experts -= sum(d < experts for d in gone)
         left = set(range(rank)) - gone - {fact.experts}
-        return _Fact(_Kind.MASK if left and fact.kind is _Kind.MASK else total, experts)
+        kind = _Kind.MASK if left and fact.kind is _Kind.MASK else total
+        return replace(fact, kind=kind, experts=experts)
 
     return rule
 
@@ -870,7 +881,9 @@ def _only_dim_of(others: fx.Node, choice: fx.Node, rank: int) -> int | None:
 
 def _one_hot(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
     fact = known[_args(node)[0]]
-    return _Fact(_Kind.MASK, _rank(node) - 1) if fact.kind is _Kind.CHOICE else fact
+    if fact.kind is not _Kind.CHOICE:
+        return fact
+    return replace(fact, kind=_Kind.MASK, experts=_rank(node) - 1)
 
 
 def _scattered(node: fx.Node, known: Mapping[fx.Node, _Fact]) -> _Fact:
@@ -1124,12 +1137,13 @@ def _number(recorder: _Recorder, tensor: Tensor) -> Any:
 
 
 def _nonzero(recorder: _Recorder, mask: Tensor, *, as_tuple: bool = False, **rest: Any) -> Any:
-    """The experts that have tokens: generically, all of them."""
+    """The experts that have tokens: generically, all that can be chosen."""
     fact = recorder.fact(mask)
-    if rest or mask.dim() != 1 or fact != _Fact(_Kind.BUSY, 0):
+    if rest or mask.dim() != 1 or (fact.kind, fact.experts) != (_Kind.BUSY, 0):
         return NotImplemented
+    number = min(mask.shape[0], fact.among or mask.shape[0])
     with _disable_current_modes(), torch._C.DisableTorchFunction():
-        experts = torch.arange(mask.shape[0])
+        experts = torch.arange(number)
         return (experts.as_subclass(_Known),) if as_tuple else experts[:, None].as_subclass(_Known)
 
 

@@ -19,6 +19,7 @@ from moptrace import roles
 
 __all__ = [
     "CASTS",
+    "OF_ONE",
     "RESHAPES",
     "Along",
     "Axis",
@@ -101,6 +102,7 @@ _ALSO_POINTWISE = {
     aten._to_copy, aten.to, aten.contiguous, aten.alias, aten.detach, aten.dropout,
     aten.floor_divide, aten.lift_fresh_copy, aten.where, aten.masked_fill, aten.hardswish,
     aten.log_sigmoid, aten.type_as, aten.div, aten.pow, aten.feature_dropout,
+    aten.zeros_like, aten.ones_like, aten.full_like,
 }  # fmt: skip
 
 
@@ -218,6 +220,8 @@ _ALONG: dict[Any, tuple[int, str]] = {
     aten.unbind: (1, "drop"), aten.cat: (1, "keep"), aten.stack: (1, "add"), aten.glu: (1, "keep"),
     aten.narrow: (1, "keep"),
 }  # fmt: skip
+# What these give along dimensions of size 1 is the element itself.
+OF_ONE = {aten.sum, aten.mean, aten.amax, aten.amin, aten.prod, aten.any, aten.all}
 _DEFAULT_DIM = {
     aten.slice: 0, aten.select: 0, aten.unbind: 0, aten.cat: 0, aten.stack: 0, aten.split: 0,
     aten.chunk: 0, aten.split_with_sizes: 0, aten.glu: -1,

@@ -26,6 +26,7 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.core import Level, Pass, Program, erase_dead
+from moptrace.errors import RoleError
 from moptrace.passes.axes import (
     RESHAPES,
     contraction,
@@ -37,7 +38,7 @@ from moptrace.passes.axes import (
     shape,
     tensors,
 )
-from moptrace.passes.row_domains import Domains, Position, Rows, Sum
+from moptrace.passes.row_domains import Domains, Position, Rows, Sum, is_literal
 from moptrace.passes.row_emitter import features_of, refusal
 from moptrace.passes.row_lowering import Lowering
 from moptrace.passes.row_rules import interpret
@@ -65,19 +66,37 @@ def raise_experts() -> Pass:
 
 def _raise_experts(program: Program) -> Program:
     graph, _ = program.copy_graph()
+    _share_views(graph)
     domains = interpret(graph)
     stacks = Stacks(graph, program.signature)
     raiser = _Raiser(graph, domains, stacks)
-    blocks = 0
     for node in list(graph.nodes):
         if raiser.ends_here(node):
             raiser.rewrite_end(node)
-            blocks += 1
     erase_dead(graph)
     signature = stacks.finish(program.signature)
     _refuse_leftovers(graph, domains)
     result = program.with_graph(graph, signature=signature)
-    return result if blocks else result.with_note(WITHOUT_EXPERTS)
+    routed = any(node.target is ops.combine.default for node in graph.nodes)
+    return result if routed else result.with_note(WITHOUT_EXPERTS)
+
+
+def _share_views(graph: fx.Graph) -> None:
+    """Make equal views of one parameter one node, as where a loop takes them anew for each expert.
+
+    Ensures: what corresponding nodes of experts are pieces of is the same node.
+    """
+    views: dict[Any, fx.Node] = {}
+    fixed = {node for node in graph.nodes if node.op == "placeholder"}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or (node.args[:1] and node.args[0] not in fixed):
+            continue
+        if packet(node) in RESHAPES or permutation(node) is not None:
+            first = views.setdefault((node.target, repr((node.args, node.kwargs))), node)
+            fixed.add(first)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
 
 
 @dataclass
@@ -106,13 +125,27 @@ class _Raiser(Lowering):
         with self.graph.inserting_before(node):
             rows = self._rows_of_end(node, meaning)
             if self.routing in self.dispatches and self.dispatches[self.routing].waits:
-                raise refusal(node, "a Mixture-of-Experts block that reads no tokens")
+                raise self._without_tokens(node)
             result = self._combined(rows, node, meaning)
             base = meaning.base if isinstance(meaning, Sum) else None
             if base is not None:
                 result = self.emit(aten.add.Tensor, self.replaced.get(base, base), result)
         node.replace_all_uses_with(result)
         self.replaced[node] = result
+
+    def _without_tokens(self, node: fx.Node) -> RoleError:
+        """The error for experts whose rows do not come from a value for each token."""
+        if any(math.prod(shape(n)[1:]) > 1 for n in self.graph.nodes if self._pairs_of(n)):
+            return refusal(
+                node, "experts that read a value for each pair of a token and its expert",
+                "bring tokens to their experts once, and add up the results for each token before "
+                "anything else, such as attention, uses them",
+            )  # fmt: skip
+        return refusal(node, "a Mixture-of-Experts block that reads no tokens")
+
+    def _pairs_of(self, node: fx.Node) -> bool:
+        order = self.dispatches[self.routing].order
+        return node.target is ops.pair_rows.default and node.args[1] is order
 
     def _rows_of_end(self, node: fx.Node, meaning: Rows) -> fx.Node:
         form = self.lower((node,), meaning.dims, finished=True)
@@ -173,7 +206,11 @@ def _refuse_leftovers(graph: fx.Graph, domains: Domains) -> None:
         meaning = domains.meaning[node]
         if node.target is ops.grouped_mm.default or _selects(node, meaning):
             raise refusal(node, "rows of experts whose results are not added up for each token")
-        if isinstance(meaning, Rows) and not meaning.done and _weighs_values(node, meaning):
+        if (
+            isinstance(meaning, Rows)
+            and not meaning.done
+            and _weighs_values(node, meaning, domains)
+        ):
             raise refusal(
                 node, "a selection of experts by which values of tokens are multiplied, but whose "
                 "results are not added up over all experts",
@@ -198,21 +235,24 @@ def _selects(node: fx.Node, meaning: Any) -> bool:
     return math.prod(n for n in features_of(node, meaning.dims) if isinstance(n, int)) > 1
 
 
-def _weighs_values(node: fx.Node, meaning: Rows) -> bool:
+def _weighs_values(node: fx.Node, meaning: Rows, domains: Domains) -> bool:
     """Whether a matrix of tokens and experts goes on to multiply values of more features.
 
     Routers and auxiliary losses use such matrices too, but not on wider values; and in sparse
-    attention a softmax comes first.
+    attention a softmax comes first. Weights that experts outside the selection have too are no
+    selection any more: such a model is dense.
     """
-    if "token" not in kinds(meaning.dims):
+    if "token" not in kinds(meaning.dims) or meaning.off:
         return False
     if meaning.expert is None and "expert" not in kinds(meaning.dims):
+        return False
+    if meaning.routing.experts == 1:
         return False
     size = numel(node)
     stack, seen = [node], set[fx.Node]()
     while stack:
         for user in stack.pop().users:
-            if user in seen:
+            if user in seen or _fills_in(user, domains):
                 continue
             seen.add(user)
             product = packet(user) is aten.mul or contraction(user) is not None
@@ -232,6 +272,19 @@ def _weighs_values(node: fx.Node, meaning: Rows) -> bool:
             ):
                 stack.append(user)
     return False
+
+
+def _fills_in(node: fx.Node, domains: Domains) -> bool:
+    """Whether a sum gives weights to the experts outside a selection, which has zeros there."""
+    if packet(node) not in (aten.add, aten.sub):
+        return False
+    operands = [domains.rows(x) for x in node.args]
+    if None not in operands:
+        return False
+    selection = next((rows for rows in operands if rows is not None), None)
+    other = node.args[operands.index(None)]
+    nothing = is_literal(other) and other == 0
+    return selection is not None and selection.off == 0 and not nothing
 
 
 def _routes(node: fx.Node, depth: int = 6) -> bool:

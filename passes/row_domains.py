@@ -62,6 +62,7 @@ class Routing:
     slot: Space
     certain: bool  # the result of a top-k or argmax; else integers that may choose experts
     experts: int | None = None
+    looked_up: bool = False  # parameters of experts are gathered by it
 
     @property
     def pairs(self) -> Space:
@@ -96,13 +97,14 @@ class Rows:
     off: Any = None
     expert: int | None = None
     done: bool = False  # the experts' results are summed: a value for each token
+    lookup: bool = False  # a parameter of each row's expert
 
     @property
     def total(self) -> bool:
         """Whether the value is complete: one for each token, whatever its experts are."""
-        return self.done or (
-            self.expert is None and kinds(self.dims) == {"token"} and self.routing.k == 1
-        )
+        if self.expert is not None or self.lookup:
+            return self.done
+        return self.done or (kinds(self.dims) == {"token"} and self.routing.k == 1)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import fx
 
 from moptrace.passes.axes import (
     CASTS,
+    OF_ONE,
     Along,
     Axis,
     Contraction,
@@ -153,16 +154,25 @@ def pointwise_rule(domains: Domains, node: fx.Node) -> Meaning:
         return None
     expert = experts.pop() if experts else None
     on, off = (_constant(node, domains, at) for at in ("on", "off"))
-    result = Rows(dims, routing, on=on, off=off, expert=expert)
+    lookup = packet(node) in CASTS and rows[0].lookup
+    result = Rows(dims, routing, on=on, off=off, expert=expert, lookup=lookup)
     if expert is not None or "expert" in kinds(dims):
         if off is None:
             return None
-    if result.total and packet(node) not in CASTS:
-        wide = [numel(x) for x in operands if domains.rows(x) is None]
-        tokens = math.prod(a.size or 1 for a in routing.tokens)
-        if packet(node) is not aten.mul or max(wide, default=0) > tokens:
-            return None
-    return result
+    return result if not result.total or _goes_on(domains, node) else None
+
+
+def _goes_on(domains: Domains, node: fx.Node) -> bool:
+    """Whether an operator on complete values is the experts' own, and not what comes after them."""
+    rows = [domains.rows(x) for x in tensors(node)]
+    routing = next(m.routing for m in rows if m is not None)
+    if packet(node) in CASTS or any(m is not None and m.lookup for m in rows):
+        return True
+    if None not in rows and routing.looked_up:
+        return True
+    wide = [numel(x) for x, m in zip(tensors(node), rows, strict=True) if m is None]
+    tokens = math.prod(a.size or 1 for a in routing.tokens)
+    return packet(node) is aten.mul and max(wide, default=0) <= tokens
 
 
 def _joint_dims(domains: Domains, node: fx.Node, operands: Iterable[fx.Node]) -> Dims | None:
@@ -181,7 +191,10 @@ def _joint_dims(domains: Domains, node: fx.Node, operands: Iterable[fx.Node]) ->
 
 
 def _constant(node: fx.Node, domains: Domains, at: str) -> Any:
-    """What the operator gives at selected ("on") or other ("off") pairs, where that is constant."""
+    """What the operator gives at selected ("on") or other ("off") pairs, where that is constant.
+
+    At other pairs a factor of zero decides; at selected ones the other factor still is computed.
+    """
 
     def known(x: Any) -> Any:
         if not isinstance(x, fx.Node):
@@ -191,9 +204,9 @@ def _constant(node: fx.Node, domains: Domains, at: str) -> Any:
 
     args = [known(x) for x in node.args]
     match packet(node):
-        case aten.mul if any(is_literal(a) and a == 0 for a in args):
+        case aten.mul if at == "off" and any(is_literal(a) and a == 0 for a in args):
             return 0
-        case aten.div if is_literal(args[0]) and args[0] == 0:
+        case aten.div if at == "off" and is_literal(args[0]) and args[0] == 0:
             return 0
         case aten.masked_fill if args[1] is not _UNKNOWN:
             return args[2] if args[1] and is_literal(args[2]) else _or_none(args[0])
@@ -288,24 +301,29 @@ def along_rule(domains: Domains, node: fx.Node, along: Along) -> Meaning:
     )
     if axes:
         return mixing_rule(domains, node, first, along, kept, axes)
-    on = first.on if len(operands) == 1 and packet(node) in _PIECES else None
-    off = (
-        first.off
-        if len(operands) == 1 and packet(node) in _PIECES | {aten.sum, aten.mean}
-        else None
+    on, off = (
+        _constant_along(node, along, at) if len(operands) == 1 else None
+        for at in (first.on, first.off)
     )
-    if off != 0 and packet(node) not in _PIECES:
-        off = None
     if off is None and (first.expert is not None or "expert" in kinds(first.dims)):
         if not kinds(first.dims) & {"branch"}:
             return None
-    result = Rows(kept, first.routing, on=on, off=off, expert=first.expert)
+    lookup = len(operands) == 1 and first.lookup
+    result = Rows(kept, first.routing, on=on, off=off, expert=first.expert, lookup=lookup)
     if result.total and any(shape(operands[0])[d] != 1 for d in along.mixed):
         return None
     return result
 
 
 _PIECES = {aten.split, aten.chunk, aten.split_with_sizes, aten.slice, aten.select, aten.unbind}
+
+
+def _constant_along(node: fx.Node, along: Along, value: Any) -> Any:
+    """What an operator along features gives where they all are ``value``, if that is known."""
+    alone = all(shape(tensors(node)[0])[d] == 1 for d in along.mixed)
+    if packet(node) in _PIECES or (alone and packet(node) in OF_ONE):
+        return value
+    return value if value == 0 and packet(node) in (aten.sum, aten.mean, aten.any) else None
 
 
 def mixing_rule(
@@ -345,7 +363,8 @@ def reduced(domains: Domains, node: fx.Node, rows: Rows, kept: Dims, axes: set[A
             rows.on == 1
             and rows.off == 0
             and left <= {"expert"}
-            and carried(rows.dims) >= set(routing.pairs)
+            and carried(rows.dims) >= set(routing.tokens)
+            and (routing.distinct or carried(rows.dims) >= set(routing.slot))
         ):
             return (
                 Counts(routing) if left else Span(routing, rows.expert or 0, (rows.expert or 0) + 1)
@@ -356,7 +375,7 @@ def reduced(domains: Domains, node: fx.Node, rows: Rows, kept: Dims, axes: set[A
     whole = "slot" not in left and "expert" not in left and rows.expert is None
     if not whole:
         return replace(rows, dims=kept, on=rows.on)
-    if all(kept) or carried(kept) != set(routing.tokens):
+    if all(rows.dims) or all(kept) or carried(kept) != set(routing.tokens):
         return None  # a number for each token: no result of experts
     return Rows(kept, routing, done=True)
 
@@ -385,7 +404,8 @@ def contraction_rule(domains: Domains, node: fx.Node, product: Contraction) -> M
     experts = {m.expert for m in rows if "branch" not in kinds(m.dims)} - {None}
     if len(experts) > 1:
         return None
-    joint = tuple(meaning.values())
+    letters = dict.fromkeys(letter for operand in product.letters for letter in operand)
+    joint = tuple(meaning.get(letter, ()) for letter in letters)
     off = 0 if any(m.off == 0 for m in rows) and product.bias is None else None
     result = Rows(joint, routing, off=off, expert=experts.pop() if experts else None)
     if (result.expert is not None or "expert" in kinds(joint)) and off is None:
@@ -395,19 +415,18 @@ def contraction_rule(domains: Domains, node: fx.Node, product: Contraction) -> M
             node, "the sizes of its groups are not the numbers of pairs of experts"
         )
     if not gone:
-        return None if replace(result, dims=kept).total else replace(result, dims=kept)
-    if not _spread(product, meaning, gone):
-        return None
-    return reduced(domains, node, result, kept, gone)
+        result = replace(result, dims=kept)
+        return result if not result.total or any(m.lookup for m in rows) else None
+    left = reduced(domains, node, result, kept, gone)
+    ends = isinstance(left, Rows) and left.done
+    return None if ends and not _spread(product, meaning) else left
 
 
-def _spread(product: Contraction, meaning: dict[str, Space], gone: set[Axis]) -> bool:
+def _spread(product: Contraction, meaning: dict[str, Space]) -> bool:
     """Whether an operand besides the routing weights depends on tokens and on what is summed away.
 
     A matrix of tokens and keys times values, as in sparse attention, is no mixture of experts.
     """
-    if {a.kind for a in gone} == {"token"}:
-        return True
     for letters in product.letters:
         spaces = [meaning.get(letter, ()) for letter in letters]
         axes = {a.kind for space in spaces for a in space}
@@ -425,6 +444,10 @@ def select_rule(domains: Domains, node: fx.Node) -> Meaning:
         return Span(meaning.routing, 0 if meaning.running else number, number + 1)
     if isinstance(meaning, Rows) and not meaning.done:
         return along_rule(domains, node, positions(node))  # type: ignore[arg-type]
+    if isinstance(meaning, Index) and isinstance(dim, int):
+        at = dim % len(meaning.dims)
+        if shape(node.args[0])[at] == 1:  # type: ignore[arg-type]
+            return replace(meaning, dims=(*meaning.dims[:at], *meaning.dims[at + 1 :]))
     return None
 
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from moptrace import roles
 from moptrace.passes.axes import (
+    OF_ONE,
     RESHAPES,
     Dims,
     Space,
@@ -70,10 +71,12 @@ class Lowering(Products):
     def _lower(self, nodes: Nodes, dims: Dims, own: Rows | None, finished: bool) -> Form:
         node = nodes[0]
         if own is not None and own.on is not None:
-            return ONE if own.on == 1 else Form("plain", self._constant(node, own.on))
+            return ONE if own.on == 1 else Form("plain", self._constant(node, own))
         meaning = self.domains.meaning.get(node)
         if len(nodes) == 1 and isinstance(meaning, Sum) and (own is not None or finished):
             return self._lower_sum(node, meaning)
+        if own is not None and (sorted_ := self._sorted_source(nodes, own)) is not None:
+            return self.lower((sorted_,), self.domains.meaning[sorted_].dims)
         if len(nodes) > 1 and (form := self._lower_varying(nodes, dims, own)) is not None:
             return form
         if own is None and not finished and len(nodes) == 1:
@@ -82,14 +85,11 @@ class Lowering(Products):
                 return form
         return self._lower_operator(nodes, dims)
 
-    def _constant(self, node: fx.Node, value: Any) -> fx.Node:
+    def _constant(self, node: fx.Node, own: Rows) -> fx.Node:
         example = roles.tensor(node)
+        sizes = [1 if space else n for n, space in zip(shape(node), own.dims, strict=True)]
         return self.emit(
-            aten.full.default,
-            [1] * example.dim(),
-            value,
-            dtype=example.dtype,
-            device=example.device,
+            aten.full.default, sizes, own.on, dtype=example.dtype, device=example.device
         )
 
     def _lower_sum(self, node: fx.Node, meaning: Sum) -> Form:
@@ -111,28 +111,32 @@ class Lowering(Products):
 
     def _lower_varying(self, nodes: Nodes, dims: Dims, own: Rows | None) -> Form | None:
         """Nodes that differ from expert to expert, other than by their operands."""
-        first = nodes[0]
         if (found := _pieces_of_one(nodes)) is not None:
             source, dim = found
             if own is None or own.expert is not None:
                 wider = (*dims[:dim], (self.routing.expert,), *dims[dim:])
                 return self.lower((source,), wider)
-            parent = self.domains.rows(source)
-            if parent is not None:
-                return self.lower((source,), parent.dims)
-        if _same_slices(nodes):
-            source: fx.Node = first.args[0]  # type: ignore[assignment,no-redef]
-            parent = self.domains.rows(source)
-            if parent is not None and "sorted" in kinds(parent.dims):
-                return self.lower((source,), parent.dims)
-            if (dim := _column(nodes)) is not None:
-                return self._lower_columns(nodes, dims, dim)
+        if _same_slices(nodes) and (dim := _column(nodes)) is not None:
+            return self._lower_columns(nodes, dims, dim)
         if own is None and not any(dims):
             if (stacked := self.stacks.parameter(nodes)) is not None:
                 return Form("experts", stacked)
             if not _mappable(nodes):
                 return Form("experts", self.emit(aten.stack.default, list(nodes), 0))
         return None
+
+    def _sorted_source(self, nodes: Nodes, own: Rows) -> fx.Node | None:
+        """The sorted rows of which the nodes are the rows of expert 0, 1, ..."""
+        if "branch" not in kinds(own.dims):
+            return None
+        if _same_slices(nodes):
+            source: Any = nodes[0].args[0]
+        elif (found := _pieces_of_one(nodes)) is not None:
+            source = found[0]
+        else:
+            return None
+        parent = self.domains.rows(source)
+        return source if parent is not None and "sorted" in kinds(parent.dims) else None
 
     def _lower_columns(self, nodes: Nodes, dims: Dims, dim: int) -> Form:
         """Slices 0:1, 1:2, ... of a dimension of experts: the dimension stays, with size 1."""
@@ -349,6 +353,9 @@ class Lowering(Products):
         if not present:
             return Form("plain", self.with_operands(node, [form.value for form in forms]))
         kind = "experts" if present == {"experts"} and len(operands) == 1 else "rows"
+        if packet(node) in OF_ONE and all(shape(operands[0])[d] == 1 for d in along.mixed):
+            if roles.tensor(operands[0]).dtype == roles.tensor(node).dtype:
+                return self._moved(nodes, dims, forms[0])
         values: list[fx.Node] = []
         for i, form in enumerate(forms):
             whole = i == 0 or along.place is not None

@@ -184,7 +184,15 @@ def gather_rows(
         return None  # integers compared with a constant need not choose experts: ignored labels
     if kinds(dims) <= {"token", "slot"} and kinds((targets[0],)) != {"expert"}:
         return None
-    return Rows(result, routing)
+    lookup = targets == [(routing.expert,)]
+    if lookup:
+        matrices = len(shape(source)) > first + 2
+        if not (matrices or routing.slot or routing.looked_up):
+            return None  # vectors alone are an embedding or a codebook; beside matrices, biases
+        routing.looked_up = True
+        if matrices or routing.certain:
+            routing.experts = routing.experts or shape(source)[first]
+    return Rows(result, routing, lookup=lookup)
 
 
 def unified(axes: Sequence[Space], targets: Sequence[Space]) -> dict[Axis, Space] | None:
@@ -305,7 +313,8 @@ def write_rows(
         return None
     routing = rows.routing
     previous = domains.meaning.get(base)
-    previous = previous if isinstance(previous, Rows) and previous.routing is routing else None
+    if not isinstance(previous, Rows) or previous.routing is not routing or fill_of(base) == 0:
+        previous = None
     onto_tokens = kinds(dims) == {"token"}
     if not adds and (added := _added_to(domains, node, base, maps, values)) is not None:
         values, adds = added, True

@@ -15,6 +15,7 @@ from moptrace import roles
 from moptrace.passes.axes import (
     RESHAPES,
     Axis,
+    Dims,
     argument,
     carried,
     contraction,
@@ -34,6 +35,7 @@ from moptrace.passes.row_domains import (
     Meaning,
     Position,
     Ranking,
+    Routing,
     Rows,
     Span,
     aligned,
@@ -92,6 +94,16 @@ _PRODUCTS = {
 
 
 def meaning_of(domains: Domains, node: fx.Node) -> Meaning:
+    meaning = _meaning_of(domains, node)
+    if isinstance(meaning, Rows) and meaning.expert is not None and meaning.on is None:
+        # Every token has the one expert: its values are those of a dense block. Masks keep their
+        # meaning, since rows that they select have a size of their own.
+        if meaning.routing.experts == 1 and kinds(meaning.dims) <= {"token"} and not meaning.done:
+            return None
+    return meaning
+
+
+def _meaning_of(domains: Domains, node: fx.Node) -> Meaning:
     rule = RULES.get(packet(node))
     if rule is not None:
         return rule(domains, node)
@@ -194,8 +206,15 @@ def one_hot_rule(domains: Domains, node: fx.Node) -> Meaning:
     ids = domains.choice(node.args[0])
     if ids is None or ids.routing is None or ids.to != (ids.routing.expert,):
         return None
-    ids.routing.experts = ids.routing.experts or shape(node)[-1]
-    return Rows((*ids.dims, ids.to), ids.routing, on=1, off=0)
+    return _matrix(ids.dims, ids.routing, shape(node)[-1], on=1, off=0)
+
+
+def _matrix(dims: Dims, routing: Routing, columns: int, **constant: Any) -> Rows | None:
+    """A value for each of ``dims`` and expert; the dimension of one expert carries nothing."""
+    routing.experts = routing.experts or columns
+    if routing.experts > 1:
+        return Rows((*dims, (routing.expert,)), routing, **constant)
+    return Rows((*dims, ()), routing, expert=0, **constant) if columns == 1 else None
 
 
 def compare_rule(domains: Domains, node: fx.Node) -> Meaning:
@@ -244,9 +263,8 @@ def scatter_rule(domains: Domains, node: fx.Node) -> Meaning:
         return None
     if any(a.kind == "slot" for space in ids.dims[:-1] for a in space) or not ids.routing.distinct:
         return None
-    ids.routing.experts = ids.routing.experts or shape(node)[-1]
     on = source if is_literal(source) else fill_of(source)
-    return Rows((*ids.dims[:-1], ids.to), ids.routing, on=on, off=fill)
+    return _matrix(ids.dims[:-1], ids.routing, shape(node)[-1], on=on, off=fill)
 
 
 def counts_rule(domains: Domains, node: fx.Node) -> Meaning:

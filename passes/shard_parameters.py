@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -97,8 +98,11 @@ def _origins(node: Any, dim: int) -> Iterator[tuple[fx.Node, int]]:
     if node.op == "placeholder":
         yield node, dim
         return
+    number = 0
+    if node.target is operator.getitem:  # one of the pieces of a split
+        node, number = node.args
     rule = rule_for(node) if node.op == "call_function" else None
-    factor = rule.results[0][dim] if rule is not None and len(rule.results) == 1 else None
+    factor = rule.results[number][dim] if rule is not None else None
     if rule is not None and factor is not None:
         for operand, dims in zip(operands(node), rule.operands, strict=True):
             if factor in dims:

@@ -96,6 +96,8 @@ def _pointwise() -> Iterator[Sample]:
     yield call(aten.lift_fresh_copy.default, x)
     yield call(aten._to_copy.default, x, dtype=torch.float32)
     yield call(aten._to_copy.default, x, dtype=torch.int64)
+    yield call(aten.type_as.default, x, y)
+    yield call(aten.type_as.default, x, real(3))
     yield call(aten._to_copy.default, yes_or_no(6, 5), dtype=torch.float64)
 
 
@@ -131,6 +133,8 @@ def _views() -> Iterator[Sample]:
     yield call(aten.squeeze.dims, real(1, 6, 1), [0, 2])
     yield call(aten.squeeze.default, real(6, 1, 5))
     yield call(aten.squeeze.default, real(3, 1, 2))
+    yield call(aten.view_as_real.default, torch.view_as_complex(real(6, 5, 2)))
+    yield value(aten.view_as_complex.default, real(6, 5, 2))
 
 
 def _parts() -> Iterator[Sample]:
