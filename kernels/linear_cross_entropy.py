@@ -11,13 +11,12 @@ that of ``torch.nn.functional.cross_entropy`` with label smoothing, and the z-lo
 
     lse - (1 - label_smoothing) * z[target] - label_smoothing * mean(z) + z_loss * lse**2
 
-Everything is exact: no part of a gradient is dropped for being small. ``moptrace.kernels.reference``
-says what each operator means.
+Everything is exact: no part of a gradient is dropped for being small, as Cut Cross-Entropy does by
+default. ``moptrace.kernels.reference`` says what each operator means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -282,8 +281,8 @@ def kept_tokens(targets: Tensor, vocab_size: int, ignore_index: int = -100) -> T
     return torch.ops.moptrace.kept_tokens.default(targets, vocab_size, ignore_index)
 
 
-# The implementation for each type of device and dtype: Triton's kernels where they can be imported
-# and have been written, and blocks of ATen operators everywhere else. (Triton multiplies no float64.)
+# Where Triton's kernels are used if they can be imported. Everywhere else it is blocks of ATen
+# operators. (Triton multiplies no float64.)
 _TRITON = {"cuda": (torch.float16, torch.bfloat16, torch.float32)}
 
 

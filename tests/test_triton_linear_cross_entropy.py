@@ -154,10 +154,14 @@ def test_the_gradients_are_the_same_bits_each_time() -> None:
         assert torch.equal(once, again)
 
 
-def test_large_logits_do_not_overflow() -> None:
-    for factor in (1e3, -1e3):
-        own = shard(5, 8, 70, softcap=None)
-        own.hidden.mul_(factor)
+@pytest.mark.parametrize("factor", [1e3, -1e3])
+@pytest.mark.parametrize("words", [64, 70])
+def test_large_logits_do_not_overflow(factor: float, words: int) -> None:
+    both_signs, one_sign = shard(5, 8, words), shard(5, 8, words)
+    both_signs.hidden.mul_(factor)
+    assert one_sign.bias is not None
+    one_sign.bias.add_(factor)
+    for own in (both_signs, one_sign):
         found = sweeps(in_triton, own)
         assert all(x.isfinite().all() for x in found)
         for ours, theirs in zip(found, sweeps(logit_blocks, own), strict=True):
