@@ -468,7 +468,8 @@ def test_gradients_are_accumulated_in_float32_over_blocks_and_returned_as_asked(
 
 def largest_allocations(function: Callable[[], Any]) -> tuple[int, int]:
     """The largest single allocation while a function runs, and the peak of all, in bytes."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    options = {"profile_memory": True, "acc_events": True}
+    with profile(activities=[ProfilerActivity.CPU], **options) as recorded:
         result = function()
     del result
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
