@@ -11,13 +11,12 @@ that of ``torch.nn.functional.cross_entropy`` with label smoothing, and the z-lo
 
     lse - (1 - label_smoothing) * z[target] - label_smoothing * mean(z) + z_loss * lse**2
 
-Everything is exact: no part of a gradient is dropped for being small. ``moptrace.kernels.reference``
-says what each operator means.
+Everything is exact: no part of a gradient is dropped for being small, as Cut Cross-Entropy does by
+default. ``moptrace.kernels.reference`` says what each operator means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -93,9 +92,10 @@ def linear_cross_entropy(
     Requires: one dtype of float16, bfloat16, float32, float64 for hidden, weight and bias.
     Ensures: a token whose target is ``ignore_index`` has exactly no loss and no gradient; the
     result is in float32, or float64 for float64; logits, sums and gradients are formed in that
-    dtype and gradients rounded once. No buffer of logits takes more than ``block_bytes``, for all
-    of them together; by default 4 MiB for each thread of a CPU, and on CUDA what Triton keeps on
-    chip. It is differentiable once.
+    dtype and gradients rounded once. At any time, all logits that exist take at most
+    ``block_bytes``: by default 4 MiB for each thread of a CPU; Triton keeps them on the chip and
+    ignores the number. Beside them are the tokens in that dtype and a few blocks of rows of the
+    weight. It is differentiable once.
     Raises: IndexError for another target outside [0, V); on CUDA a device-side assertion.
     Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models (2025).
 
@@ -140,7 +140,9 @@ def vocab_shard_statistics(
     Requires: one dtype for hidden, weight and bias; ``targets`` count from the vocabulary's start,
     and those outside this shard may be anything. V_s may be 0.
     Ensures: float32 at least. Differentiable once, with ``max`` as a constant: right for every
-    function of the statistics that does not change with the shift, such as the loss.
+    function of the statistics that does not change with the shift, such as the loss. Autograd
+    rounds this shard's part of the gradient of ``hidden`` to its dtype; to add parts before they
+    are rounded, call ``vocab_shard_gradients`` with ``dtype=torch.float32``.
 
     >>> hidden, weight = torch.ones(1, 2), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     >>> vocab_shard_statistics(hidden, weight[1:], torch.tensor([2]), start=1)
@@ -282,8 +284,8 @@ def kept_tokens(targets: Tensor, vocab_size: int, ignore_index: int = -100) -> T
     return torch.ops.moptrace.kept_tokens.default(targets, vocab_size, ignore_index)
 
 
-# The implementation for each type of device and dtype: Triton's kernels where they can be imported
-# and have been written, and blocks of ATen operators everywhere else. (Triton multiplies no float64.)
+# Where Triton's kernels are used if they can be imported. Everywhere else it is blocks of ATen
+# operators. (Triton multiplies no float64.)
 _TRITON = {"cuda": (torch.float16, torch.bfloat16, torch.float32)}
 
 

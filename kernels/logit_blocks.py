@@ -137,7 +137,9 @@ def gradients(
     of_exp, of_target, of_sum = (x * shard.scale for x in coefficients)
     for words in blocks.words():
         # Transposed, because this product is the faster one with the tokens along its rows.
-        of_words = hidden.new_zeros(hidden.shape[1], len(words.weight)) if of_weight is not None else None
+        of_words = (
+            hidden.new_zeros(hidden.shape[1], len(words.weight)) if of_weight is not None else None
+        )
         of_word = hidden.new_zeros(len(words.weight)) if of_bias is not None else None
         for tokens in blocks.tokens:
             logits = words.logits(tokens)
@@ -162,7 +164,7 @@ def gradients(
             of_weight[words.rows] = of_words.t()
         if of_bias is not None and of_word is not None:
             of_bias[words.rows] = of_word
-    if of_hidden is not None and total is not of_hidden:
+    if of_hidden is not None and total is not None and total is not of_hidden:
         of_hidden.copy_(total)
 
 
@@ -213,9 +215,9 @@ class _Blocks:
             threads = torch.get_num_threads() if device == "cpu" else 1
             budget = threads * _BLOCK_BYTES.get(device, _BLOCK_BYTES["cuda"])
         logits = max(budget // (_BUFFERS * hidden.element_size()), 1)
-        height = max(min(_TOKENS, math.isqrt(logits), number), 1)
-        width = max(min(logits // height, len(shard.weight)), 1)
-        height = max(min(logits // width, number), 1)  # what few words leave, more tokens use
+        height = _even(number, min(_TOKENS, math.isqrt(logits)))
+        width = _even(len(shard.weight), logits // height)
+        height = _even(number, logits // width)  # what few words leave, more tokens use
         products = _Products(hidden, logits)
         return _Blocks(shard, hidden, _slices(number, height), width, products)
 
@@ -227,11 +229,12 @@ class _Blocks:
             yield _Words(shard, self.hidden, rows, weight, bias, self.products)
 
 
+def _even(total: int, size: int) -> int:
+    """The size of as few alike slices as cover the total, none larger than ``size``."""
+    return math.ceil(total / math.ceil(total / size)) if total else 1
+
+
 def _slices(total: int, size: int) -> list[slice]:
-    """As few slices of at most ``size`` as cover the total, alike but for the last."""
-    if not total:
-        return []
-    size = math.ceil(total / math.ceil(total / size))
     return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 
 

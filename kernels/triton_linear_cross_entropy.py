@@ -1,4 +1,4 @@
-"""The sweeps of ``moptrace.kernels.logit_blocks`` for a GPU, in Triton: logits never leave the chip.
+"""The sweeps of ``moptrace.kernels.logit_blocks`` in Triton: logits never leave the chip.
 
 A program of ``statistics`` owns some tokens and a span of the vocabulary; what the spans' programs
 found is merged at the end. In ``gradients`` one kernel owns tokens and loops over words, the other
@@ -6,8 +6,9 @@ owns words and loops over tokens. Each adds to rows that no other program touche
 every sum is fixed: no atomics, the same bits each time. Offsets are 64-bit.
 """
 
-# pyright: reportMissingImports=false, reportMissingParameterType=false, reportUnknownParameterType=false
-# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportMissingImports=false, reportMissingParameterType=false
+# pyright: reportUnknownParameterType=false, reportPossiblyUnboundVariable=false
+# pyright: reportIndexIssue=false
 # Triton has no types, and is not there on machines without a GPU.
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from torch import Tensor
 
 from moptrace.kernels.logit_blocks import LogitGradient, Shard, shiftable
 
+_jit: Callable[[Any], Any]
 try:
     import triton
     import triton.language as tl
 except ImportError:
     is_available = False
-
-    def _jit(function: Callable[..., Any]) -> Any:
-        return function
+    _jit = lambda function: function  # noqa: E731
 else:
     is_available = True
     _jit = triton.jit
@@ -222,15 +222,16 @@ def _of_products(
     is_word,
 ):
     """The gradient of a tile of products of tokens and words, given that of the logits."""
-    # What is not there has no gradient, and its exponential must not overflow.
     label = tl.load(labels + token, mask=is_token, other=-1)
     shift = tl.load(shift + token, mask=is_token, other=0.0)[:, None]
     of_exp = tl.load(of_exp + token, mask=is_token, other=0.0)[:, None]
     of_target = tl.load(of_target + token, mask=is_token, other=0.0)[:, None]
     of_sum = tl.load(of_sum + token, mask=is_token, other=0.0)[:, None]
-    grad = of_exp * tl.exp(logits - shift) + of_sum
+    # Words that are not there are multiplied by rows of zeros, so all must be finite.
+    is_there = is_token[:, None] & is_word[None, :]
+    grad = of_exp * tl.exp(tl.where(is_there, logits - shift, 0.0)) + of_sum
     grad += tl.where(word[None, :] == label[:, None], of_target, 0.0)
-    return tl.where(is_token[:, None] & is_word[None, :], grad * slope, 0.0)
+    return grad * slope
 
 
 @_jit

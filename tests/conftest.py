@@ -22,6 +22,10 @@ from gloo import Ranks
 
 torch.set_num_threads(1)
 
+# Before anything imports Triton, which then runs its sources without a GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # "python -m pytest" puts the root first, where bare "passes" and "kernels" would be found.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
