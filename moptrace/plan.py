@@ -25,7 +25,8 @@ class Plan:
     ``logits_bytes``: the largest logits that a rank holds whole; where its tokens have larger ones,
     the loss is taken from blocks of them, and the model's logits output is ``None`` in training
     unless ``keep_logits``.
-    ``cp``: ranks that share the tokens of each sequence (context parallel).
+    ``cp``: ranks that share the tokens of each sequence (context parallel), and ``context`` how
+    attention reaches the others' tokens: ``"ulysses"``, ``"ring"`` or ``"gather"``.
     ``tp``, ``pp`` and ``etp`` (tensor, pipeline, expert tensor parallel) are 1: larger sizes are
     refused until their passes exist.
 
@@ -40,6 +41,7 @@ class Plan:
     etp: int = 1
     vp: int | None = None
     edp: str = "shard"
+    context: str = "ulysses"
     logits_bytes: int = 64 << 20
     keep_logits: bool = False
 
