@@ -88,10 +88,13 @@ def part_of_gradients(
     return of_query, of_key, of_value
 
 
-def merge_attention(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def merge_attention(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Attention to two parts of the keys as attention to both: associative and commutative."""
     lse = torch.logaddexp(one[1], other[1])
-    return sum(out * (part - lse).exp().unsqueeze(-1) for out, part in (one, other)), lse  # type: ignore[return-value]
+    first, second = (out * (part - lse).exp().unsqueeze(-1) for out, part in (one, other))
+    return first + second, lse
 
 
 def _for_every_head(x: Tensor, query: Tensor) -> Tensor:

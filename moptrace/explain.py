@@ -290,6 +290,7 @@ class _Reader:
     def _around(self, row: Ring, node: fx.Node) -> Iterator[int]:
         """The bytes that a rank sends forward, and backward if the operator is trained."""
         *arguments, axis = map_arg(node.args, roles.value)
+        assert isinstance(axis, str)
         seat = Seat(0, self.layout.size(axis), lambda n: self.layout.sizes(n, axis))
         results = roles.value(node)
         yield bytes_sent(row.forward(seat, *arguments))

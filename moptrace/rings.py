@@ -96,7 +96,7 @@ class Seat:
 def drive(journey: Journey, axis: str) -> Any:
     """Run one rank's coroutine over the axis's process group; return its result."""
     here = Communicator.current()
-    group, at = here.groups.get(axis), here.coordinate(axis)
+    group, at = here.groups[axis], here.coordinate(axis)
     answer: Any = None
     while True:
         try:
@@ -351,13 +351,8 @@ def _vocabulary_backward(
 
     of_tokens = (hidden, targets, shift, *of_results)
     (of_hidden,), of_words = yield from here.around(of_tokens, _given(weight, bias), work, _added)
-    of_weight, of_bias = (*of_words, None)[:2]
-    return (
-        of_hidden.to(hidden.dtype),
-        of_weight.to(weight.dtype),
-        None if of_bias is None else of_bias.to(weight.dtype),
-        None,
-    )
+    of_weight, *of_bias = (x.to(weight.dtype) for x in of_words)
+    return of_hidden.to(hidden.dtype), of_weight, of_bias[0] if of_bias else None, None
 
 
 def _given(*tensors: Tensor | None) -> Tensors:
@@ -377,17 +372,18 @@ def _attention_forward(
     scale: float,
     tokens: int,
 ) -> Journey:
-    total: tuple[Tensor, ...] = ()
+    total: tuple[Tensor, Tensor] | None = None
 
     def work(load: Tensors, holder: int) -> Tensors:
         nonlocal total
         if not (is_causal and holder > seat.at):  # later tokens are not attended to
             keys, values = (x.movedim(0, 2) for x in load)
             own = part_of_attention(query, keys, values, is_causal and holder == seat.at, scale)
-            total = merge_attention(total, own) if total else own  # type: ignore[arg-type]
+            total = merge_attention(total, own) if total else own
         return ()
 
     yield from around(seat, _tokens_first(key, value), seat.sizes_of(tokens), work, _added)
+    assert total is not None, "every rank attends to its own tokens"
     out, lse = total
     return out.to(query.dtype), lse
 

@@ -1481,13 +1481,14 @@ def _cleaned(traced: fx.Graph, wanted: Sequence[str]) -> tuple[fx.Graph, list[st
         elif old.target is aten.copy.default:
             copies[old] = _copied(graph, old, use(_args(old)[1]))
         elif old.target not in _DROPPED:
-            args, kwargs = fx.map_arg((_args(old), old.kwargs), use)
             target: Any = old.target
+            options: Any
+            args, options = fx.map_arg((_args(old), old.kwargs), use)
             if target in _NEW:  # of the tensor it asks for, only the type matters: say that instead
                 target, (_, *args) = _NEW[target], args
                 result = roles.tensor(old)
-                kwargs = {"dtype": result.dtype, "device": result.device}
-            new = graph.create_node(old.op, target, tuple(args), kwargs, old.name)
+                options = {"dtype": result.dtype, "device": result.device}
+            new = graph.create_node(old.op, target, tuple(args), options, old.name)
             copies[old] = _like(new, old)
             if not enabled and _is_differentiable(new):
                 suspended.add(new)

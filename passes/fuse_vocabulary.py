@@ -146,8 +146,8 @@ class _Fusion:
         """Whether a use of the logits is their log-sum-exp, over as many tokens as the loss has."""
         if packet(user) is not aten.logsumexp or argument(user, 2, "keepdim", False):
             return False
-        logits = user.args[0]
-        dims = user.args[1]
+        logits, dims = user.args[:2]
+        assert isinstance(logits, fx.Node)
         last = [int(d) % len(shape(logits)) for d in dims]  # type: ignore[union-attr]
         if last != [len(shape(logits)) - 1] or logits not in self._values():
             return False
