@@ -4,11 +4,11 @@
     python benchmarks/memory.py --tokens 1024 --words 32768
 
 The plain loss is ``F.cross_entropy(F.linear(...))`` on one process, forward and backward. moptrace
-runs the same model on four gloo ranks with as many tokens on each, and once more with half of them.
-What counts is the most memory that a process takes during a step above what it had before, which was
-the tokens and the weight; the kernel measures it (VmHWM), each run in processes of its own. The
-losses must agree to 1e-4 first. The exit status is 1 where moptrace takes more than 1/P of the plain
-peak and 10%.
+runs the same model on four gloo ranks with as many tokens on each, and once more with half of
+them. What counts is the most memory that a process takes during a step above what it had before,
+which was the tokens and the weight; the kernel measures it (VmHWM), each run in processes of its
+own. The losses must agree to 1e-4 first. The exit status is 1 where moptrace takes more than 1/P
+of the plain peak and 10%.
 """
 
 from __future__ import annotations
