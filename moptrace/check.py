@@ -184,7 +184,7 @@ class _Placements:
             return
         if self.program.level >= Level.LOCAL and node.target in RINGS:
             kinds = [k for p in roles.placements(node) if p is not None for k in self._along(p)]
-            if any(isinstance(kind, Shard) for kind in kinds):
+            if any(isinstance(kind, (Shard, Rows)) for kind in kinds):
                 yield node, f"{node.target} has only its part of what is split and must travel"
         inputs = operands(node)
         if node.target is draw:

@@ -137,8 +137,8 @@ def _factor_at(rule: Rule, dim: str | None, blocks: int) -> _Split | None:
 def _operand(rule: Rule, position: int, split: _Split, dims: Dims) -> Kind:
     if position == rule.counts and split.factor == "s":
         return PARTIAL  # each rank counts its own tokens' pairs; all ranks together have them all
-    if rule.together and split.factor == rule.together[0] and split.factor not in dims:
-        split = _Split(rule.together[1])
+    if rule.together and split.factor in rule.together[:-1] and split.factor not in dims:
+        split = _Split(rule.together[-1])
     return _carried(rule, dims, split) or REPLICATE
 
 

@@ -421,14 +421,14 @@ def meshes(batch_size: int = 24, largest: int = 8) -> SearchStrategy[int]:
 
 def plans(world_size: int) -> SearchStrategy[Plan]:
     """Plans for this many ranks, resolved: every ``ep``, experts alike or sharded over ``edp``,
-    the loss from whole logits or from blocks of them.
+    the loss from whole logits or from blocks of them, embeddings whole or looked up where they are.
     """
     st = _hypothesis()
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
     return st.builds(
-        lambda *sizes: Plan(ep=sizes[0], edp=sizes[1], logits_bytes=sizes[2]).resolve(
-            world_size, []
-        ),
+        lambda *sizes: Plan(
+            ep=sizes[0], edp=sizes[1], logits_bytes=sizes[2], embedding_bytes=sizes[2]
+        ).resolve(world_size, []),
         st.sampled_from(divisors),
         st.sampled_from(["shard", "replicate"]),
         st.sampled_from([0, Plan.logits_bytes]),

@@ -182,7 +182,7 @@ class _Localizer:
         axes = [
             axis.name
             for axis, kind in zip(placement.view.axes, placement.kinds, strict=True)
-            if isinstance(kind, Shard) and axis.size > 1
+            if isinstance(kind, (Shard, Rows)) and axis.size > 1
         ]
         if not axes:
             return
