@@ -31,7 +31,7 @@ from moptrace.placement import (
     parse_kind,
 )
 from moptrace.random import draw
-from moptrace.reshard import reshard, route
+from moptrace.reshard import constrain, reshard, route
 from moptrace.rings import RINGS
 from moptrace.rules import Rule, operands
 
@@ -106,8 +106,8 @@ def _signature(program: Program) -> Faults:
 _SIDES: dict[Level, Callable[[Any], bool]] = {
     Level.CAPTURED: lambda target: collective(target) is None and target not in (reshard, route),
     Level.CANONICAL: lambda target: collective(target) is None and target not in (reshard, route),
-    Level.PLACED: lambda target: collective(target) is None,
-    Level.LOCAL: lambda target: target not in (reshard, route),
+    Level.PLACED: lambda target: collective(target) is None and target is not constrain,
+    Level.LOCAL: lambda target: target not in (constrain, reshard, route),
 }
 
 
@@ -183,8 +183,8 @@ class _Placements:
             yield from self._without_rule(node)
             return
         if self.program.level >= Level.LOCAL and node.target in RINGS:
-            kinds = [k for p in roles.placements(node) if p is not None for k in self._along(p)]
-            if any(isinstance(kind, (Shard, Rows)) for kind in kinds):
+            kinds = self._along(roles.placements(node)[0])
+            if any(isinstance(kind, Shard) and rule.travels(kind.dim) for kind in kinds):
                 yield node, f"{node.target} has only its part of what is split and must travel"
         inputs = operands(node)
         if node.target is draw:
@@ -217,7 +217,8 @@ class _Placements:
                 if said is None or not self._same(node, said.kind(axis.name), kind):
                     yield node, f"the result is {given}, but {kind} along {axis.name} follows"
 
-    def _along(self, placement: Placement) -> list[Kind]:
+    def _along(self, placement: Placement | None) -> list[Kind]:
+        assert placement is not None
         pairs = zip(placement.view.axes, placement.kinds, strict=True)
         return [kind for axis, kind in pairs if axis.size > 1]
 

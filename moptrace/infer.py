@@ -115,6 +115,8 @@ def _split_of(rule: Rule, dims: Dims, operand: Held) -> _Split | None:
     match operand.kind:
         case Shard(dim, blocks):
             return _factor_at(rule, dims[dim], blocks)
+        case Rows() if rule.together:  # what travels is split evenly
+            return None
         case Rows(by):
             if dims and dims[0] == "s|e":
                 return _Split("s", blocks=operand.blocks) if by == "token" else _Split("e")

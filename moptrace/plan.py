@@ -27,7 +27,8 @@ class Plan:
     unless ``keep_logits``.
     ``embedding_bytes``: the largest embedding weight that every rank gathers whole; of a larger one
     a rank fetches the rows of its tokens, from the ranks that have them.
-    ``cp``: ranks that share the tokens of each sequence (context parallel).
+    ``cp``: ranks that share the tokens of each sequence (context parallel), and ``context`` how
+    attention reaches the others' tokens: ``"ulysses"``, ``"ring"`` or ``"gather"``.
     ``tp``, ``pp`` and ``etp`` (tensor, pipeline, expert tensor parallel) are 1: larger sizes are
     refused until their passes exist.
 
@@ -42,6 +43,7 @@ class Plan:
     etp: int = 1
     vp: int | None = None
     edp: str = "shard"
+    context: str = "ulysses"
     logits_bytes: int = 64 << 20
     keep_logits: bool = False
     embedding_bytes: int = 64 << 20

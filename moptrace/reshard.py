@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["reshard", "route"]
+__all__ = ["constrain", "reshard", "route"]
+
+
+def constrain(x: Tensor, axis: str, kind: str) -> Tensor:
+    """Ask that ``x`` be held in this way along one axis of the ranks; the value is the same.
+
+    A canonical program may say so anywhere; ``place`` writes the ``reshard`` that it takes.
+    """
+    return x
 
 
 def reshard(x: Tensor, axis: str, source: str, target: str) -> Tensor:

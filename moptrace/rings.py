@@ -24,6 +24,7 @@ from torch import Tensor
 
 import moptrace.kernels.vocab_projection  # noqa: F401  registers the operator of one device
 from moptrace.collectives import Communicator
+from moptrace.kernels.attention import merge_attention, part_of_attention, part_of_gradients
 from moptrace.kernels.embedding_rows import sum_by_id
 from moptrace.kernels.linear_cross_entropy import (
     VocabStatistics,
@@ -419,6 +420,64 @@ def _given(*tensors: Tensor | None) -> Tensors:
     return tuple(x.contiguous() for x in tensors if x is not None)
 
 
+# --- attention ------------------------------------------------------------------------------------
+# Queries stay, keys and values travel, as [T, B, h, d]; their gradients come home with them.
+
+
+def _attention_forward(
+    seat: Seat,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float,
+    tokens: int,
+) -> Journey:
+    total: tuple[Tensor, ...] = ()
+
+    def work(load: Tensors, holder: int) -> Tensors:
+        nonlocal total
+        if not (is_causal and holder > seat.at):  # later tokens are not attended to
+            keys, values = (x.movedim(0, 2) for x in load)
+            own = part_of_attention(query, keys, values, is_causal and holder == seat.at, scale)
+            total = merge_attention(total, own) if total else own  # type: ignore[arg-type]
+        return ()
+
+    yield from around(seat, _tokens_first(key, value), seat.sizes_of(tokens), work, _added)
+    out, lse = total
+    return out.to(query.dtype), lse
+
+
+def _attention_backward(
+    seat: Seat,
+    arguments: tuple[Any, ...],
+    results: Tensors,
+    gradients: Sequence[Tensor | None],
+) -> Journey:
+    query, key, value, is_causal, scale, tokens = arguments
+    out, lse = results
+    gradient = torch.zeros_like(out) if gradients[0] is None else gradients[0].contiguous()
+    of_query = torch.zeros_like(query, dtype=lse.dtype)
+
+    def work(load: Tensors, holder: int) -> Tensors:
+        if is_causal and holder > seat.at:
+            return tuple(torch.zeros_like(x, dtype=lse.dtype) for x in load)
+        keys, values = (x.movedim(0, 2) for x in load)
+        same = is_causal and holder == seat.at
+        own, *of_load = part_of_gradients(gradient, query, keys, values, out, lse, same, scale)
+        of_query.add_(own)
+        return _tokens_first(*of_load)
+
+    load = _tokens_first(key, value)
+    found = yield from around(seat, load, seat.sizes_of(tokens), work, _added)
+    of_key, of_value = (x.movedim(0, 2).to(key.dtype) for x in found)
+    return of_query.to(query.dtype), of_key, of_value
+
+
+def _tokens_first(*tensors: Tensor) -> Tensors:
+    return tuple(x.movedim(2, 0).contiguous() for x in tensors)
+
+
 # --- the embedding --------------------------------------------------------------------------------
 # Every rank has some of the ids and v of the V rows of the weight. It asks for each row that it
 # needs once, and gets it from the rank that has it; gradients go the same way back. A rank learns
@@ -520,6 +579,15 @@ def _embedding_costs(
 # --- registration ---------------------------------------------------------------------------------
 
 _RINGS = (
+    Ring(
+        "ring_attention",
+        "(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, int tokens, "
+        "str axis) -> (Tensor, Tensor)",
+        torch.ops.moptrace.attention.default,
+        lambda query, *_: (query.shape[2],),
+        _attention_forward,
+        _attention_backward,
+    ),
     Ring(
         "ring_vocab_projection",
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float? softcap, "

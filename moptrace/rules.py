@@ -71,6 +71,10 @@ class Rule:
             return False
         return self.quantum.get(factor, 0) % (parts * blocks) == 0
 
+    def travels(self, dim: int) -> bool:
+        """Whether splitting this dimension of the first result splits two factors together."""
+        return self.together is not None and self.results[0][dim] in self.together[:-1]
+
     @property
     def has_tokens(self) -> bool:
         """Whether tokens stand beside rows that are routed: they are dispatched or combined."""
@@ -535,15 +539,32 @@ def attention(node: fx.Node) -> Rule:
     """Batch and heads can be split; positions must be whole (ring and Ulysses rewrite that)."""
     query, key, *_ = operands(node)
     lead = _dims("b", len(_shape(query)) - 2)
-    kv_lead = lead
-    if lead and _shape(query)[-3] != _shape(key)[-3]:  # grouped queries: heads differ
-        kv_lead = (*lead[:-1], "H")
-        lead = (*lead[:-1], "Q")
+    kv_lead, sizes = lead, dict[str, int]()
+    if lead and _shape(query)[-3] != _shape(key)[-3]:  # each head of keys serves several queries'
+        groups = _shape(key)[-3]
+        sizes = {"g": groups, "r": _shape(query)[-3] // groups}
+        kv_lead = (*lead[:-1], "g")
+        lead = (*lead[:-1], "g.r")
     ins: list[Dims] = [(*lead, "S", "E"), (*kv_lead, "T", "E"), (*kv_lead, "T", "F")]
     out = (*lead, "S", "F")
-    result, scores = roles.tensor(node).shape, (*lead, "S", "T")
+    scores = (*lead, "S", "T")
+    result = next(r for r in results(node) if r is not None).shape
     ins += [_broadcast(_shape(mask), result, scores) for mask in operands(node)[3:]]
-    return Rule(tuple(ins), (out,))
+    return Rule(tuple(ins), (out,), quantum=sizes)
+
+
+def ring_attention(node: fx.Node) -> Rule:
+    """As attention, and queries and keys are split together, where their lengths agree."""
+    query, key, _ = operands(node)
+    whole = attention(node)
+    if _shape(query)[-2] != _shape(key)[-2]:
+        return Rule(whole.operands, (*whole.results, whole.results[0][:-1]))
+    named = {"S": "s", "T": "t"}
+    ins = tuple(tuple(named.get(d or "", d) for d in dims) for dims in whole.operands)
+    out = tuple(named.get(d or "", d) for d in whole.results[0])
+    return Rule(
+        ins, (out, out[:-1]), whole=frozenset({"t"}), together=("s", "t"), quantum=whole.quantum
+    )
 
 
 def convolution(node: fx.Node) -> Rule | None:
@@ -895,6 +916,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
 
 
 def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
+    import moptrace.kernels.attention
     import moptrace.kernels.embedding_rows
     import moptrace.kernels.grouped_mm
     import moptrace.kernels.routing
@@ -907,6 +929,7 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
         ops.grouped_mm: grouped_mm,
         ops.expert_rows: expert_rows,
         ops.combine: combine,
+        ops.attention: ring_attention,
         ops.vocab_projection: vocab_projection,
         ops.embedding_rows: embedding_rows,
         ops.kept_tokens: _same,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moptrace.core import Pass, chain
 from moptrace.passes.bucket_gathers import bucket_gathers
 from moptrace.passes.classify import classify
+from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
 from moptrace.passes.localize import localize
@@ -36,6 +37,7 @@ def sharded(plan: Plan, world_size: int, keep_logits: bool = False) -> Pass:
     """From the canonical program to the local one, under a resolved plan for W ranks."""
     layout = plan.layout(world_size)
     return chain(
+        context_parallel(layout, plan.context),
         fuse_vocabulary(plan.logits_bytes * world_size, keep_logits or plan.keep_logits),
         fuse_embedding(world_size, plan.embedding_bytes),
         shard_parameters(layout, plan.edp),

@@ -170,21 +170,22 @@ class _Fusion:
         if self.chain[0].target is not aten.linear.default:  # [D, V], as a product has it
             weight = _turned(weight) or writer.call(aten.t.default, weight)
         words, width = shape(weight)
-        rows = self.hidden
-        for node in self.chain[1:]:
-            if _moves_tokens(node):
-                rows = writer.moved(node, rows, width)
-        tokens = math.prod(shape(rows)[:-1])
+        ignored = argument(loss, 4, "ignore_index", -100)
+        rows, tokens = self.hidden, _Tokens.of(self)
+        if tokens.cut is None:
+            for node in self.chain[1:]:
+                if _moves_tokens(node):
+                    rows = writer.moved(node, rows, width)
+        count = math.prod(shape(rows)[:-1])
         if len(shape(rows)) != 2:
-            rows = writer.call(aten.reshape.default, rows, [tokens, width])
-        labels = target
-        if len(shape(target)) != 1:
-            labels = writer.call(aten.reshape.default, target, [tokens])
+            rows = writer.call(aten.reshape.default, rows, [count, width])
+        labels = tokens.padded(writer, target, ignored)
+        if len(shape(labels)) != 1:
+            labels = writer.call(aten.reshape.default, labels, [count])
         args = (rows, weight, self.bias, labels, self.scale, self.softcap)
         three = writer.call(ops.vocab_projection.default, *args)
         lse, chosen, total = (writer.item(three, i) for i in range(3))
         writer.of = loss
-        ignored = argument(loss, 4, "ignore_index", -100)
         kept = writer.call(ops.kept_tokens.default, labels, words, ignored)
         smoothing = _smoothing(loss)
         if smoothing:
@@ -202,18 +203,65 @@ class _Fusion:
         if argument(loss, 3, "reduction", _MEAN) == _SUM:
             new = writer.call(aten.sum.default, each)
         else:
-            new = writer.call(aten.reshape.default, each, list(shape(target)))
+            new = tokens.cut_again(writer, each, shape(target))
         loss.replace_all_uses_with(writer.cast(new, roles.tensor(loss).dtype))
-        self._serve(writer, lse)
+        self._serve(writer, tokens, lse)
         loss.graph.erase_node(loss)
 
-    def _serve(self, writer: _Writer, lse: fx.Node) -> None:
+    def _serve(self, writer: _Writer, tokens: _Tokens, lse: fx.Node) -> None:
         for user in [u for u in self.others() if packet(u) is aten.logsumexp]:
-            with_shape = writer.call(aten.reshape.default, lse, list(shape(user)))
+            with_shape = tokens.cut_again(writer, lse, shape(user))
             after = writer.cast(with_shape, roles.tensor(user).dtype)
             _move_later(user, after)
             user.replace_all_uses_with(after)
             user.graph.erase_node(user)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens that a loss leaves out by one slice of its logits, such as the last of a sequence.
+
+    They are projected all the same, with a label that is ignored: so a sequence that is split over
+    ranks stays as it is. ``cut`` is the slice, None where there is none or not just one.
+    """
+
+    cut: fx.Node | None
+
+    @classmethod
+    def of(cls, fusion: _Fusion) -> _Tokens:
+        moves = [node for node in fusion.chain[1:] if _moves_tokens(node)]
+        cuts = [node for node in moves if packet(node) is aten.slice]
+        if len(cuts) != 1 or argument(cuts[0], 4, "step", 1) != 1 or moves[0] is not cuts[0]:
+            return cls(None)
+        return cls(cuts[0])
+
+    def padded(self, writer: _Writer, target: fx.Node, ignored: int) -> fx.Node:
+        """The labels of all tokens."""
+        if self.cut is None:
+            return target
+        dim, start, size, whole = self._where(self.cut)
+        kept = shape(self.cut)[:-1]
+        if shape(target) != kept:
+            target = writer.call(aten.reshape.default, target, list(kept))
+        sides = [0, 0] * (len(kept) - dim - 1) + [start, whole - start - size]
+        return writer.call(aten.constant_pad_nd.default, target, sides, ignored)
+
+    def cut_again(self, writer: _Writer, each: fx.Node, wanted: tuple[Any, ...]) -> fx.Node:
+        """A value of each token, of those that the loss keeps."""
+        if self.cut is not None:
+            dim, start, size, _ = self._where(self.cut)
+            all_ = shape(self.cut.args[0])[:-1]  # type: ignore[arg-type]
+            each = writer.call(aten.reshape.default, each, list(all_))
+            each = writer.call(aten.slice.Tensor, each, dim, start, start + size)
+        return writer.call(aten.reshape.default, each, list(wanted))
+
+    @staticmethod
+    def _where(cut: fx.Node) -> tuple[int, int, int, int]:
+        """The dimension that is cut, where its slice starts, how long it and the whole are."""
+        before, after = shape(cut.args[0]), shape(cut)  # type: ignore[arg-type]
+        dim = int(argument(cut, 1, "dim", 0)) % len(after)
+        start = argument(cut, 2, "start") or 0
+        return dim, start + before[dim] if start < 0 else start, after[dim], before[dim]
 
 
 class _Writer:

@@ -123,7 +123,7 @@ class _Localizer:
         if rule is not None and rule.random:
             self._seed(node, new)
         if node.target in RINGS:
-            self._ring(node, new)
+            self._ring(node, new, rule)
         if rule is not None and rule.average:
             return self._averaged(node, new, rule)
         return new
@@ -134,8 +134,8 @@ class _Localizer:
             dim = argument(node, 2, "dim", 0)
             lengths = [piece.shape[dim] for piece in roles.value(new)]
             new.update_arg(1, lengths[0] if packet is aten.split else lengths)
-        if packet in (aten.view, aten._unsafe_view):  # a rank's part may lie otherwise in memory
-            new.target = aten.reshape.default
+        if packet in (aten.view, aten._unsafe_view) and self.layout.tokens != self.layout.home:
+            new.target = aten.reshape.default  # part of a sequence lies otherwise in memory
         at = _SIZE_ARGUMENT.get(packet)
         placement = roles.placement(node)
         if packet is aten.squeeze:  # a split dimension may have become 1 as well
@@ -175,14 +175,14 @@ class _Localizer:
         new.target = draw
         self.site += 1
 
-    def _ring(self, node: fx.Node, new: fx.Node) -> None:
+    def _ring(self, node: fx.Node, new: fx.Node, rule: Rule | None) -> None:
         """An operator whose operands are split twice over one axis travels around it."""
         placement = roles.placements(node)[0]
-        assert placement is not None
+        assert placement is not None and rule is not None
         axes = [
             axis.name
             for axis, kind in zip(placement.view.axes, placement.kinds, strict=True)
-            if isinstance(kind, (Shard, Rows)) and axis.size > 1
+            if isinstance(kind, Shard) and axis.size > 1 and rule.travels(kind.dim)
         ]
         if not axes:
             return

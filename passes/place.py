@@ -28,8 +28,9 @@ from moptrace.placement import (
     Rows,
     Shard,
     View,
+    parse_kind,
 )
-from moptrace.reshard import reshard, route
+from moptrace.reshard import constrain, reshard, route
 from moptrace.rules import Rule, operands, results, rule_for
 
 __all__ = ["ReplicationWarning", "place"]
@@ -107,7 +108,9 @@ class _Placer:
             roles.set_role(node, placements=(Placement.uniform(self.layout.home, INVARIANT),))
         elif node.op == "call_function":
             self._provenance(node)
-            if node.target is operator.getitem and not isinstance(_value(node.args[0]), Tensor):
+            if node.target is constrain:
+                self._constrain(node)
+            elif node.target is operator.getitem and not isinstance(_value(node.args[0]), Tensor):
                 self._getitem(node)
             else:
                 self._operator(node)
@@ -139,6 +142,15 @@ class _Placer:
             self.counts[node] = self.counts[x]
         if x in self.tokens:
             self.tokens[node] = self.tokens[x]
+
+    def _constrain(self, node: fx.Node) -> None:
+        """Move a value as asked; along an axis of one rank there is nothing to do."""
+        x, axis, kind = node.args
+        assert isinstance(x, fx.Node) and isinstance(axis, str)
+        now = self._in_view(x, self.layout.view_of(axis))
+        wanted = now.with_kind(axis, parse_kind(str(kind)))
+        node.replace_all_uses_with(x if wanted == now else self._move(x, now, wanted, node))
+        self.graph.erase_node(node)
 
     def _getitem(self, node: fx.Node) -> None:
         source, at = node.args

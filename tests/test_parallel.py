@@ -87,7 +87,7 @@ def traced_once(name: object) -> Iterator[None]:
     capture, canonical = ParallelModule._capture, parallel.canonical
 
     def captured(self: ParallelModule, batch: Any) -> Any:
-        key = (name, parallel._key(self.training, parallel._global(batch, self._world)))
+        key = (name, parallel._key(self.training, parallel._global(batch, self._batch_axes)))
         return _canonical_once(key, _Later(lambda: canonical()(capture(self, batch))))
 
     ParallelModule._capture = captured  # type: ignore[method-assign]

@@ -29,11 +29,11 @@ from moptrace.placement import (
     REPLICATE,
     Axis,
     Placement,
-    Plan,
     Rows,
     Shard,
     View,
 )
+from moptrace.plan import Plan
 from moptrace.render import op_name, render, render_html, type_name
 from moptrace.trace import trace
 from tiny_mixtral import TinyMixtral

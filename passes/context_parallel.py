@@ -1,0 +1,110 @@
+"""Attention where the tokens of a sequence lie on several ranks."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from moptrace import roles
+from moptrace.core import Level, Pass, Program
+from moptrace.errors import PlanError
+from moptrace.passes.axes import argument, shape
+from moptrace.placement import Layout, Shard
+from moptrace.reshard import constrain
+
+__all__ = ["context_parallel"]
+
+aten, ops = torch.ops.aten, torch.ops.moptrace
+HEADS, TOKENS = 1, 2  # dimensions of [B, h, T, d]
+WAYS = ("ulysses", "ring", "gather")
+
+
+def context_parallel(layout: Layout, how: str = "ulysses") -> Pass:
+    """Say how attention reaches the tokens of other ranks of the axis ``cp``.
+
+    ``"ulysses"``: before attention, ranks exchange tokens for heads (all-to-all), so that each has
+    all tokens of its share of the heads, and back after it (Jacobs et al., DeepSpeed Ulysses,
+    2023). Heads need not divide evenly; keys of grouped heads are repeated where ``cp`` does not
+    divide them. ``"ring"``: each rank keeps its queries, and keys and values travel around the
+    ranks (Liu et al., Ring Attention, 2023); attention with a mask or dropout takes ulysses.
+    ``"gather"``: every rank computes all of it. Attention written as products and a softmax needs
+    none of these: it keeps its queries, and its keys are gathered.
+
+    Outside attention every rank keeps its own tokens. Requires: ``classify``. Ensures: the same
+    values on one device.
+    """
+    if how not in WAYS:
+        raise PlanError(f"context={how!r}: say one of {', '.join(map(repr, WAYS))}")
+
+    def rewrite(program: Program) -> Program:
+        sizes = {axis.name: axis.size for axis in layout.tokens.axes}
+        if sizes.get("cp", 1) == 1 or how == "gather":
+            return program
+        graph, _ = program.copy_graph()
+        found = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default]
+        for node in found:
+            if how == "ring" and _is_plain(node):
+                _ring(node)
+            elif len(shape(node)) == 4:
+                _exchange_heads(node, sizes["cp"])
+        return program.with_graph(graph) if found else program
+
+    return Pass("context_parallel", rewrite, (("how", how),), takes=(Level.CANONICAL,))
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether attention has neither a mask nor dropout."""
+    masked = argument(node, 3, "attn_mask") is not None
+    return len(shape(node)) == 4 and not masked and not argument(node, 4, "dropout_p", 0.0)
+
+
+def _ring(node: fx.Node) -> None:
+    width = shape(node.args[0])[-1]  # type: ignore[arg-type]
+    scale = argument(node, 6, "scale") or 1 / math.sqrt(width)
+    causal = bool(argument(node, 5, "is_causal", False))
+    both = _call(node, ops.attention.default, *node.args[:3], causal, scale)
+    with node.graph.inserting_before(node):
+        out = node.graph.call_function(operator.getitem, (both, 0))
+    roles.set_value(out, roles.value(both)[0])
+    roles.copy_role(out, of=node)
+    node.replace_all_uses_with(out)
+    node.graph.erase_node(node)
+
+
+def _exchange_heads(node: fx.Node, ranks: int) -> None:
+    query, key, value, *rest = node.args
+    heads, groups = shape(query)[HEADS], shape(key)[HEADS]  # type: ignore[arg-type]
+    if heads != groups and (groups % ranks or heads % ranks):
+        key, value = (_repeated(node, x, heads // groups) for x in (key, value))
+        node.update_kwarg("enable_gqa", False)
+        rest = [*rest[:4]]
+    split = [_call(node, constrain, x, "cp", str(Shard(HEADS))) for x in (query, key, value)]
+    node.args = (*split, *rest)
+    users = list(node.users)
+    with node.graph.inserting_after(node):
+        back = node.graph.call_function(constrain, (node, "cp", str(Shard(TOKENS))))
+    roles.set_value(back, roles.value(node))
+    roles.copy_role(back, of=node)
+    for user in users:
+        user.replace_input_with(node, back)
+
+
+def _repeated(node: fx.Node, x: Any, times: int) -> fx.Node:
+    """Keys or values of grouped heads, once for each head."""
+    batch, groups, tokens, width = shape(x)
+    apart = _call(node, aten.unsqueeze.default, x, 2)
+    wide = _call(node, aten.expand.default, apart, [batch, groups, times, tokens, width])
+    return _call(node, aten.reshape.default, wide, [batch, groups * times, tokens, width])
+
+
+def _call(node: fx.Node, op: Any, *args: Any) -> fx.Node:
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(op, args)
+    roles.set_value(new, op(*pytree.tree_map_only(fx.Node, roles.value, args)))
+    roles.copy_role(new, of=node)
+    return new
