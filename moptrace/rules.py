@@ -756,7 +756,7 @@ def vocab_projection(node: fx.Node) -> Rule:
 
 
 def embedding_rows(node: fx.Node) -> Rule:
-    ids = _dims("i", len(_shape(operands(node)[1])))
+    ids = tuple(f"i{d}" for d in range(len(_shape(operands(node)[1]))))
     return Rule((("v", "D"), ids), ((*ids, "D"),), whole=frozenset({"v"}), together=(*ids, "v"))
 
 

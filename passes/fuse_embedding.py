@@ -10,7 +10,7 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
-from moptrace.rules import argument
+from moptrace.passes.axes import argument, shape
 
 __all__ = ["fuse_embedding"]
 
@@ -65,8 +65,7 @@ def _is_plain(node: fx.Node) -> bool:
     if node.target is not aten.embedding.default:
         return False
     special = argument(node, 3, "scale_grad_by_freq", False) or argument(node, 4, "sparse", False)
-    ids = roles.tensor(node.args[1])  # type: ignore[arg-type]
-    return not special and all(isinstance(size, int) for size in ids.shape)
+    return not special and all(isinstance(size, int) for size in shape(node))
 
 
 def _numel(ids: object) -> int:
