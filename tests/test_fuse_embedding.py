@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,11 +21,14 @@ from moptrace.check import check
 from moptrace.collectives import Communicator
 from moptrace.errors import CheckError
 from moptrace.explain import explain
+from moptrace.infer import Held, infer
 from moptrace.kernels.embedding_rows import embedding_rows, sum_by_id
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.fuse_embedding import fuse_embedding
+from moptrace.placement import INVARIANT, Rows, Shard
 from moptrace.rings import RINGS, Exchange, Seat, drive_together
 from moptrace.roles import Component
+from moptrace.rules import Rule
 from moptrace.simulate import simulate
 from moptrace.testing import SimulatedRanks, assert_same_step, eager_step, whole_state
 
@@ -349,6 +353,14 @@ def test_an_id_without_a_row_is_an_error_on_every_real_rank(ranks: Callable[[int
     one, two, *others = ranks(4)(fails_on_every_rank)
     assert f"id {WORDS} has no row" in two
     assert all("rank 1 has an id without a row" in text for text in (one, *others))
+
+
+def test_ids_of_routed_rows_are_not_split() -> None:
+    rule = Rule((("v", "D"), ("i0",)), (("i0", "D"),), frozenset(), frozenset({"v"}))
+    rule = replace(rule, together=("i0", "v"))
+    routed = Held(Rows("token"), weight=8, differentiable=False)
+    demand = infer(rule, [Held(Shard(0)), routed], 2)
+    assert demand.operands == (INVARIANT, INVARIANT)
 
 
 def test_a_lookup_that_does_not_travel_is_refused() -> None:

@@ -267,6 +267,21 @@ def test_a_row_is_sent_once_to_a_rank_however_often_its_id_comes() -> None:
     assert [request.out for request in requests] == [(1, 1)] * 6  # counts, ids, rows; both ranks
 
 
+def test_gradients_of_all_ranks_are_added_in_float32_and_rounded_once() -> None:
+    layout, row = Layout.of(3), RINGS[ROWS]
+    seats = [Seat.seen_by(Communicator(layout, rank), "dp") for rank in range(3)]
+    narrow = {"dtype": torch.bfloat16}
+    ids = torch.ones(300, dtype=torch.int64)  # a sum of ones in bfloat16 ends at 256
+    journeys = [
+        row.backward(
+            seat, (torch.zeros(1, 2, **narrow), ids, -1, 3), (), (torch.ones(300, 2, **narrow),)
+        )
+        for seat in seats
+    ]
+    found = [of_weight.tolist() for of_weight, _ in drive_together(journeys)]
+    assert found == [[[0, 0]], [[900, 900]], [[0, 0]]]
+
+
 def test_ranks_that_disagree_about_the_rows_are_an_error_and_not_a_hang() -> None:
     def sends(one: int, other: int) -> Any:
         yield Exchange(torch.zeros(one + other), (one, other), torch.zeros(2), (1, 1))
