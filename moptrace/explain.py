@@ -393,9 +393,11 @@ class _Reader:
                     if placement is not None:
                         kinds = _along(placement)
                         axes |= {a for a, kind in kinds if isinstance(kind, (Shard, Rows))}
-        home = {axis.name for axis in self.layout.home.axes}
-        if axes & home:
-            yield f"data parallel {self._axes(axes & home)}"
+        of_tokens = {axis.name for axis in self.layout.tokens.axes}
+        if axes & of_tokens - {"dp"}:
+            yield f"tokens split over {self._axes(axes & of_tokens)}"
+        elif axes & {*of_tokens, self.layout.home.axes[0].name}:
+            yield f"data parallel {self._axes(axes - {a.name for a in self.layout.experts.axes})}"
 
     def _axes(self, names: Iterable[str]) -> str:
         order = [axis for view in self.layout.views for axis in view.axes]

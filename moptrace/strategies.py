@@ -419,19 +419,23 @@ def meshes(batch_size: int = 24, largest: int = 8) -> SearchStrategy[int]:
     return _hypothesis().sampled_from([w for w in range(1, largest + 1) if batch_size % w == 0])
 
 
-def plans(world_size: int) -> SearchStrategy[Plan]:
-    """Plans for this many ranks, resolved: every ``ep``, experts alike or sharded over ``edp``,
-    the loss from whole logits or from blocks of them, embeddings whole or looked up where they are.
+def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
+    """Plans for this many ranks and sequences of this length, resolved.
+
+    Every ``ep`` and every ``cp`` that divides the length, each way to attend, experts alike or
+    sharded over ``edp``, the loss from whole logits or from blocks of them, embeddings gathered or
+    looked up where their rows are.
     """
     st = _hypothesis()
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
     return st.builds(
-        lambda *sizes: Plan(
-            ep=sizes[0], edp=sizes[1], logits_bytes=sizes[2], embedding_bytes=sizes[2]
-        ).resolve(world_size, []),
-        st.sampled_from(divisors),
-        st.sampled_from(["shard", "replicate"]),
-        st.sampled_from([0, Plan.logits_bytes]),
+        lambda **fields: Plan(**fields).resolve(world_size, []),
+        ep=st.sampled_from(divisors),
+        cp=st.sampled_from([d for d in divisors if length % d == 0]),
+        context=st.sampled_from(["ulysses", "ring", "gather"]),
+        edp=st.sampled_from(["shard", "replicate"]),
+        logits_bytes=st.sampled_from([0, Plan.logits_bytes]),
+        embedding_bytes=st.sampled_from([0, Plan.embedding_bytes]),
     )
 
 

@@ -1433,6 +1433,14 @@ _DROPPED = {
 _ALIASES = {aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
 
 
+_NEW = {
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+    aten.new_empty.default: aten.empty.memory_format,
+}
+
+
 def _cleaned(traced: fx.Graph, wanted: Sequence[str]) -> tuple[fx.Graph, list[str]]:
     """A graph of values only, and the names of its placeholders.
 
@@ -1474,7 +1482,12 @@ def _cleaned(traced: fx.Graph, wanted: Sequence[str]) -> tuple[fx.Graph, list[st
             copies[old] = _copied(graph, old, use(_args(old)[1]))
         elif old.target not in _DROPPED:
             args, kwargs = fx.map_arg((_args(old), old.kwargs), use)
-            new = graph.create_node(old.op, old.target, args, kwargs, old.name)
+            target: Any = old.target
+            if target in _NEW:  # of the tensor it asks for, only the type matters: say that instead
+                target, (_, *args) = _NEW[target], args
+                result = roles.tensor(old)
+                kwargs = {"dtype": result.dtype, "device": result.device}
+            new = graph.create_node(old.op, target, tuple(args), kwargs, old.name)
             copies[old] = _like(new, old)
             if not enabled and _is_differentiable(new):
                 suspended.add(new)
