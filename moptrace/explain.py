@@ -21,6 +21,9 @@ all_reduce                             2(P-1)/P of the value, rounded up
 all_to_all, exchange_counts            (P-1)/P of the rank's operand
 send_rows, return_rows                 (P-1)/P of the rank's rows, expected if every rank has as
                                        many rows and every expert is chosen as often (marked ``~``)
+ring                                   what the rank passes on, hop by hop (``rings.py``)
+all_to_all of an embedding             (P-1)/P of the rows of the rank's distinct ids, expected if
+                                       every id is as likely (marked ``~``)
 =====================================  ============================================================
 
 Taking a slice, placing one among zeros, and using an invariant value move nothing.
@@ -64,7 +67,8 @@ WIDTH = 118  # of the printed table, on every terminal
 class Traffic:
     """One kind of collective in a step: how often it starts, and the bytes that a rank sends.
 
-    ``expected`` is True where the bytes depend on routing and are those of balanced routing.
+    ``expected`` is True where the bytes depend on routing or on ids, and are those of balanced
+    routing and of ids that are all as likely.
     """
 
     kind: str
@@ -161,8 +165,9 @@ class Explanation:
         return table
 
     def _remarks(self) -> Iterator[str]:
-        if any(t.expected for t in self.traffic):
-            yield "~ expected if routing is balanced"
+        whys = (_EXPECTS.get(t.kind, "routing is balanced") for t in self.traffic if t.expected)
+        if assumed := " and ".join(dict.fromkeys(whys)):
+            yield f"~ expected if {assumed}"
         yield from (f"note: {note}" for note in self.notes)
 
 
@@ -248,8 +253,9 @@ class _Reader:
 
     def _traffic_of(self, node: fx.Node) -> Iterator[_Share]:
         if (travelling := ring(node.target)) is not None:
+            kind = "ring" if travelling.costs is None else "all_to_all"
             for sent in self._around(travelling, node):
-                yield _Share(self.component.get(node), "ring", sent, False, True)
+                yield _Share(self.component.get(node), kind, sent, kind != "ring", True)
         row = collective(node.target)
         if row is None:
             return
@@ -292,6 +298,11 @@ class _Reader:
         *arguments, axis = map_arg(node.args, roles.value)
         assert isinstance(axis, str)
         seat = Seat(0, self.layout.size(axis), lambda n: self.layout.sizes(n, axis))
+        if row.costs is not None:
+            forward, backward = row.costs(seat, *arguments)
+            yield from forward
+            yield from backward if node in self.trained else ()
+            return
         results = roles.value(node)
         yield bytes_sent(row.forward(seat, *arguments))
         if node in self.trained:
@@ -418,6 +429,8 @@ _WIRE = {
     "return_rows": "return_rows",
     "exchange_counts": "exchange_counts",
 }
+_KINDS = tuple(dict.fromkeys((*_WIRE.values(), "ring")))
+_EXPECTS = {"all_to_all": "every id of an embedding is as likely"}
 _WIDENING = ("all_gather", "all_gather_invariant", "place_shard")
 
 
@@ -523,8 +536,13 @@ def _added(shares: Iterable[_Share]) -> tuple[Traffic, ...]:
     for share in shares:
         by_kind[share.kind].append(share)
     return tuple(
-        Traffic(k, len(by_kind[k]), sum(s.bytes for s in by_kind[k]), by_kind[k][0].expected)
-        for k in dict.fromkeys((*_WIRE.values(), "ring"))
+        Traffic(
+            k,
+            len(by_kind[k]),
+            sum(s.bytes for s in by_kind[k]),
+            any(s.expected for s in by_kind[k]),
+        )
+        for k in _KINDS
         if k in by_kind
     )
 

@@ -115,6 +115,8 @@ def _split_of(rule: Rule, dims: Dims, operand: Held) -> _Split | None:
     match operand.kind:
         case Shard(dim, blocks):
             return _factor_at(rule, dims[dim], blocks)
+        case Rows() if rule.together:  # what travels is split evenly
+            return None
         case Rows(by):
             if dims and dims[0] == "s|e":
                 return _Split("s", blocks=operand.blocks) if by == "token" else _Split("e")
@@ -137,8 +139,8 @@ def _factor_at(rule: Rule, dim: str | None, blocks: int) -> _Split | None:
 def _operand(rule: Rule, position: int, split: _Split, dims: Dims) -> Kind:
     if position == rule.counts and split.factor == "s":
         return PARTIAL  # each rank counts its own tokens' pairs; all ranks together have them all
-    if rule.together and split.factor == rule.together[0] and split.factor not in dims:
-        split = _Split(rule.together[1])
+    if rule.together and split.factor in rule.together[:-1] and split.factor not in dims:
+        split = _Split(rule.together[-1])
     return _carried(rule, dims, split) or REPLICATE
 
 

@@ -25,6 +25,8 @@ class Plan:
     ``logits_bytes``: the largest logits that a rank holds whole; where its tokens have larger ones,
     the loss is taken from blocks of them, and the model's logits output is ``None`` in training
     unless ``keep_logits``.
+    ``embedding_bytes``: the largest embedding weight that every rank gathers whole; of a larger one
+    a rank fetches the rows of its tokens, from the ranks that have them.
     ``cp``: ranks that share the tokens of each sequence (context parallel), and ``context`` how
     attention reaches the others' tokens: ``"ulysses"``, ``"ring"`` or ``"gather"``.
     ``tp``, ``pp`` and ``etp`` (tensor, pipeline, expert tensor parallel) are 1: larger sizes are
@@ -44,6 +46,7 @@ class Plan:
     context: str = "ulysses"
     logits_bytes: int = 64 << 20
     keep_logits: bool = False
+    embedding_bytes: int = 64 << 20
 
     def resolve(self, world_size: int, experts: list[int]) -> Plan:
         """Fill in the defaults for W ranks and layers with these numbers of experts.

@@ -1,19 +1,21 @@
-"""Operators that compute while their operands travel around the ranks of one axis.
+"""Operators that compute while their operands travel between the ranks of one axis.
 
 Some operators are split twice over the same ranks: every rank has its own tokens *and* its own part
 of a weight, and each token needs all of the weight. Neither side is ever gathered. One of them
-travels: a rank works on what it holds while it already sends that on to the next rank.
+travels: a rank works on what it holds while it already sends that on to the next rank. Where a
+token needs one row of the weight and no more, it asks that row's owner for it instead.
 
 Such an operator is written once, as a pair of coroutines (forward and backward) that yield
-``Start`` and ``Wait`` and say nothing of process groups. ``drive`` runs one over a process group;
-``drive_together`` runs those of all ranks of a group in lock step, in one process. So the simulator
-runs the very code that real ranks run.
+``Start``, ``Exchange`` and ``Wait`` and say nothing of process groups. ``drive`` runs one over a
+process group; ``drive_together`` runs those of all ranks of a group in lock step, in one process.
+So the simulator runs the very code that real ranks run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 import moptrace.kernels.vocab_projection  # noqa: F401  registers the operator of one device
 from moptrace.collectives import Communicator
 from moptrace.kernels.attention import merge_attention, part_of_attention, part_of_gradients
+from moptrace.kernels.embedding_rows import sum_by_id
 from moptrace.kernels.linear_cross_entropy import (
     VocabStatistics,
     log_sum_exp,
@@ -33,6 +36,7 @@ from moptrace.kernels.linear_cross_entropy import (
 
 __all__ = [
     "RINGS",
+    "Exchange",
     "Ring",
     "Seat",
     "Start",
@@ -58,13 +62,27 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """Begin to send some leading rows of a tensor to each rank, and to receive some from each.
+
+    Rank r gets the next ``out[r]`` rows of ``send``; its own come to the next ``back[r]`` of
+    ``into``. Neither may be touched before the ``Wait``.
+    """
+
+    send: Tensor
+    out: tuple[int, ...]
+    into: Tensor
+    back: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Wait:
-    """Wait until a transfer that was started is over: the answer that ``Start`` got."""
+    """Wait until a transfer is over: the answer that ``Start`` or ``Exchange`` got."""
 
     transfer: Any
 
 
-Journey: TypeAlias = Generator[Start | Wait, Any, Any]
+Journey: TypeAlias = Generator[Start | Exchange | Wait, Any, Any]
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,13 @@ def drive(journey: Journey, axis: str) -> Any:
         if isinstance(request, Wait):
             answer = [work.wait() for work in request.transfer]
             continue
+        if isinstance(request, Exchange):
+            sizes = [list(request.back), list(request.out)]
+            moved = dist.all_to_all_single(
+                request.into, request.send, *sizes, group=group, async_op=True
+            )
+            answer = [moved]
+            continue
         onward, back = (dist.get_global_rank(group, (at + d) % here.size(axis)) for d in (1, -1))
         moves = [dist.P2POp(dist.isend, x, onward, group) for x in request.send if x.numel()]
         moves += [dist.P2POp(dist.irecv, x, back, group) for x in request.into if x.numel()]
@@ -132,17 +157,41 @@ def drive_together(journeys: Sequence[Journey]) -> list[Any]:
             return [end.value for end in requests]
         if kinds == {Start}:
             for request in requests:
-                for buffer in request.into:
-                    buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
+                _spoil(*request.into)
             answers = [(requests[rank - 1].send, own.into) for rank, own in enumerate(requests)]
+            continue
+        if kinds == {Exchange}:
+            for request in requests:
+                _spoil(request.into)
+            answers = _exchanged(requests)
             continue
         for request in requests:
             for sent, buffer in zip(*request.transfer, strict=True):
                 buffer.copy_(sent)
 
 
+def _spoil(*buffers: Tensor) -> None:
+    for buffer in buffers:
+        buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
+
+
+def _exchanged(requests: Sequence[Exchange]) -> list[tuple[Tensors, Tensors]]:
+    """For each rank what the others send to it, and where that goes."""
+    sent = [request.send.split(list(request.out)) for request in requests]
+    transfers: list[tuple[Tensors, Tensors]] = []
+    for rank, request in enumerate(requests):
+        if request.back != tuple(other.out[rank] for other in requests):
+            raise RuntimeError("the ranks of an exchange disagree about how many rows move")
+        arriving = tuple(pieces[rank] for pieces in sent)
+        transfers.append((arriving, request.into.split(list(request.back))))
+    return transfers
+
+
 def bytes_sent(journey: Journey) -> int:
-    """The bytes that a rank sends, by running its coroutine alone, on fake tensors."""
+    """The bytes that a rank sends around the ring, by running its coroutine alone on fake tensors.
+
+    Requires: no ``Exchange``, whose bytes depend on values: ``Ring.costs`` says what they are then.
+    """
     total = 0
     try:
         while True:
@@ -164,6 +213,8 @@ class Ring:
     the results; ``backward(seat, arguments, results, gradients)`` returns the gradients of the
     tensor arguments, None where an argument has none. Both are coroutines. The arguments are those
     of ``whole``, and then ``lengths`` of the global operands: the sizes that are split.
+    ``costs(seat, *arguments)`` are the bytes that a rank is expected to send in each exchange,
+    forward and backward, for an operator that exchanges rows: how many depends on values.
     """
 
     name: str
@@ -172,11 +223,16 @@ class Ring:
     lengths: Callable[..., tuple[int, ...]]
     forward: Callable[..., Journey]
     backward: Callable[..., Journey]
+    costs: Callable[..., tuple[tuple[int, ...], tuple[int, ...]]] | None = None
 
     @property
     def op(self) -> Any:
         """The operator as local graphs call it."""
         return getattr(torch.ops.moptrace, self.name).default
+
+    def returned(self, results: Tensors) -> Any:
+        """The results of a coroutine as the operator returns them: alone if there is but one."""
+        return results if len(self.whole._schema.returns) > 1 else results[0]
 
 
 def ring(target: object) -> Ring | None:
@@ -418,6 +474,104 @@ def _tokens_first(*tensors: Tensor) -> Tensors:
     return tuple(x.movedim(2, 0).contiguous() for x in tensors)
 
 
+# --- the embedding --------------------------------------------------------------------------------
+# Every rank has some of the ids and v of the V rows of the weight. It asks for each row that it
+# needs once, and gets it from the rank that has it; gradients go the same way back. A rank learns
+# from the others how many rows they want, so the number of ids may differ as it likes.
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """What a rank asks of every rank, and what every rank asks of it.
+
+    ``place[i]`` is where the i-th id is among the distinct ids that are asked for, in their order;
+    ``asked`` are the rows, of this rank's own, that the others want.
+    """
+
+    place: Tensor
+    distinct: int
+    mine: tuple[int, ...]
+    theirs: tuple[int, ...]
+    asked: Tensor
+
+
+def _exchange(x: Tensor, out: tuple[int, ...], back: tuple[int, ...]) -> Journey:
+    """Rows change ranks; return those that came, by rank."""
+    into = x.new_empty(sum(back), *x.shape[1:])
+    transfer = yield Exchange(x.contiguous(), out, into, back)
+    yield Wait(transfer)
+    return into
+
+
+def _requests(seat: Seat, ids: Tensor, words: int) -> Journey:
+    """Ask every rank for the rows that it has of this rank's ids.
+
+    An id that no rank has is an IndexError on every rank: the one that found it says so in place
+    of its counts, so that no other waits for rows that never come.
+    """
+    bounds = list(accumulate(seat.sizes_of(words), initial=0))
+    distinct, place = ids.flatten().unique(return_inverse=True)  # sorted, so by owner too
+    at = torch.searchsorted(distinct, distinct.new_tensor(bounds)).tolist()
+    unknown = at[0] > 0 or at[-1] < len(distinct)
+    mine = tuple(end - start for start, end in pairwise(at))
+    once = (1,) * seat.ranks
+    said = torch.tensor([-1] * seat.ranks if unknown else mine, device=ids.device)
+    heard = tuple((yield from _exchange(said, once, once)).tolist())
+    if unknown:
+        wrong = int(distinct[0] if at[0] else distinct[-1])
+        raise IndexError(f"id {wrong} has no row: the embedding weight has {words}, from 0")
+    if min(heard) < 0:
+        rank = heard.index(-1)
+        raise IndexError(f"rank {rank} has an id without a row: the embedding weight has {words}")
+    asked = yield from _exchange(distinct, mine, heard)
+    return _Requests(place.flatten(), len(distinct), mine, heard, asked - bounds[seat.at])
+
+
+def _embedding_forward(
+    seat: Seat, weight: Tensor, ids: Tensor, padding_idx: int, words: int
+) -> Journey:
+    """The row of each id, from the rank that has it."""
+    here = yield from _requests(seat, ids, words)
+    rows = yield from _exchange(weight[here.asked], here.theirs, here.mine)
+    return (rows[here.place].view(*ids.shape, weight.shape[1]),)
+
+
+def _embedding_backward(
+    seat: Seat,
+    arguments: tuple[Any, ...],
+    results: Tensors,
+    gradients: Sequence[Tensor | None],
+) -> Journey:
+    """The gradient of the rank's own rows, in which every rank's gradients of these are added.
+
+    The ids are asked for again, which moves little beside their rows and keeps nothing until then.
+    """
+    weight, ids, padding_idx, words = arguments
+    gradient = gradients[0] if gradients[0] is not None else torch.zeros_like(results[0])
+    here = yield from _requests(seat, ids, words)
+    sums = sum_by_id(gradient.reshape(ids.numel(), weight.shape[1]), here.place, here.distinct)
+    theirs = yield from _exchange(sums, here.mine, here.theirs)
+    start = sum(seat.sizes_of(words)[: seat.at])
+    own = padding_idx - start if 0 <= padding_idx - start < len(weight) else -1
+    return sum_by_id(theirs, here.asked, len(weight), own).to(weight.dtype), None
+
+
+def _embedding_costs(
+    seat: Seat, weight: Tensor, ids: Tensor, padding_idx: int, words: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Counts, ids and rows, each way, if every id is as likely: (P-1)/P of the distinct ones."""
+    distinct = words * (1 - (1 - 1 / words) ** ids.numel())
+    elsewhere = distinct * (seat.ranks - 1) / seat.ranks
+    wide = torch.promote_types(weight.dtype, torch.float32)
+
+    def of(dtype: torch.dtype) -> tuple[int, ...]:
+        row = weight.shape[1] * dtype.itemsize
+        counts = (seat.ranks - 1) * torch.int64.itemsize
+        return counts, round(elsewhere * ids.element_size()), round(elsewhere * row)
+
+    return of(weight.dtype), of(wide)
+
+
 # --- registration ---------------------------------------------------------------------------------
 
 _RINGS = (
@@ -439,6 +593,15 @@ _RINGS = (
         _vocabulary_forward,
         _vocabulary_backward,
     ),
+    Ring(
+        "ring_embedding_rows",
+        "(Tensor weight, Tensor ids, int padding_idx, int words, str axis) -> Tensor",
+        torch.ops.moptrace.embedding_rows.default,
+        lambda weight, *_: (weight.shape[0],),
+        _embedding_forward,
+        _embedding_backward,
+        _embedding_costs,
+    ),
 )
 RINGS: dict[Any, Ring] = {row.whole: row for row in _RINGS}
 _library = torch.library.Library("moptrace", "FRAGMENT")
@@ -449,15 +612,16 @@ def _register(row: Ring) -> None:
 
     def run(*arguments: Any) -> Any:
         *given, axis = arguments
-        return drive(row.forward(Seat.of(axis), *given), axis)
+        return row.returned(drive(row.forward(Seat.of(axis), *given), axis))
 
     def shape(*arguments: Any) -> Any:
         return row.whole(*arguments[: len(row.whole._schema.arguments)])
 
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor | Tensors) -> None:
+        results = (output,) if isinstance(output, Tensor) else output
         ctx.communicator = Communicator.current()
         ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
-        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output)
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *results)
         ctx.rest = [x for x in inputs if not isinstance(x, Tensor)]
 
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:

@@ -47,8 +47,8 @@ class Rule:
     result carries are added up (else they must stay whole). ``average`` says that they are
     averaged: the local result must be divided by the number of ranks. ``random`` marks operators
     that draw numbers. ``counts`` is the operand that says how many rows each expert has.
-    ``together`` are two factors, of which splitting the first splits the second too: the local
-    operator takes one to the other (``rings.py``).
+    ``together`` are factors of which splitting one splits the last too: the local operator takes
+    what it has of the one to the other (``rings.py``).
     """
 
     operands: tuple[Dims, ...]
@@ -59,7 +59,7 @@ class Rule:
     average: bool = False
     random: bool = False
     counts: int | None = None
-    together: tuple[str, str] | None = None
+    together: tuple[str, ...] | None = None
     quantum: dict[str, int] = field(default_factory=dict)
 
     def splittable(self, factor: str, parts: int, blocks: int = 1) -> bool:
@@ -73,7 +73,7 @@ class Rule:
 
     def travels(self, dim: int) -> bool:
         """Whether splitting this dimension of the first result splits two factors together."""
-        return self.together is not None and self.results[0][dim] == self.together[0]
+        return self.together is not None and self.results[0][dim] in self.together[:-1]
 
     @property
     def has_tokens(self) -> bool:
@@ -755,6 +755,11 @@ def vocab_projection(node: fx.Node) -> Rule:
     )
 
 
+def embedding_rows(node: fx.Node) -> Rule:
+    ids = tuple(f"i{d}" for d in range(len(_shape(operands(node)[1]))))
+    return Rule((("v", "D"), ids), ((*ids, "D"),), whole=frozenset({"v"}), together=(*ids, "v"))
+
+
 def constant(node: fx.Node) -> Rule:
     """No tensor operand: the same value everywhere."""
     result = roles.tensor(node)
@@ -912,6 +917,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
 
 def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
     import moptrace.kernels.attention
+    import moptrace.kernels.embedding_rows
     import moptrace.kernels.grouped_mm
     import moptrace.kernels.routing
     import moptrace.kernels.vocab_projection  # noqa: F401  importing registers the operators
@@ -925,6 +931,7 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
         ops.combine: combine,
         ops.attention: ring_attention,
         ops.vocab_projection: vocab_projection,
+        ops.embedding_rows: embedding_rows,
         ops.kept_tokens: _same,
     }
 

@@ -136,7 +136,7 @@ def _around(row: Ring, args: list[tuple[Any, ...]], ranks: Sequence[Communicator
         outs = _RingInLockStep.apply(row, seats, members, *tensors)
         each = len(outs) // len(group)
         for i, r in enumerate(group):
-            results[r] = outs[i * each : (i + 1) * each]
+            results[r] = row.returned(outs[i * each : (i + 1) * each])
     return results
 
 

@@ -423,7 +423,8 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
     """Plans for this many ranks and sequences of this length, resolved.
 
     Every ``ep`` and every ``cp`` that divides the length, each way to attend, experts alike or
-    sharded over ``edp``, the loss from whole logits or from blocks of them.
+    sharded over ``edp``, the loss from whole logits or from blocks of them, embeddings gathered or
+    looked up where their rows are.
     """
     st = _hypothesis()
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
@@ -434,6 +435,7 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
         context=st.sampled_from(["ulysses", "ring", "gather"]),
         edp=st.sampled_from(["shard", "replicate"]),
         logits_bytes=st.sampled_from([0, Plan.logits_bytes]),
+        embedding_bytes=st.sampled_from([0, Plan.embedding_bytes]),
     )
 
 

@@ -6,6 +6,7 @@ from moptrace.core import Pass, chain
 from moptrace.passes.bucket_gathers import bucket_gathers
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
+from moptrace.passes.fuse_embedding import fuse_embedding
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
 from moptrace.passes.localize import localize
 from moptrace.passes.normalize_losses import normalize_losses
@@ -38,6 +39,7 @@ def sharded(plan: Plan, world_size: int, keep_logits: bool = False) -> Pass:
     return chain(
         context_parallel(layout, plan.context),
         fuse_vocabulary(plan.logits_bytes * world_size, keep_logits or plan.keep_logits),
+        fuse_embedding(world_size, plan.embedding_bytes),
         shard_parameters(layout, plan.edp),
         shard_batch(layout),
         place(),

@@ -112,8 +112,8 @@ def subject(name: str, implementation: str = "grouped_mm") -> Subject:
 def test_every_mesh_and_expert_split_computes_the_same_step(name: str) -> None:
     it = subject(name)
     for number, (ranks, ep) in enumerate(LAYOUTS):
-        edp, logits_bytes = ("shard", "replicate")[number % 2], (0, 64 << 20)[number // 2 % 2]
-        local = it.local(ranks, ep, edp, logits_bytes=logits_bytes)
+        edp, bytes_ = ("shard", "replicate")[number % 2], (0, 64 << 20)[number // 2 % 2]
+        local = it.local(ranks, ep, edp, logits_bytes=bytes_, embedding_bytes=bytes_)
         assert_same_step(simulated_step(local, whole_state(it.model), it.batch), it.want)
         record_examples()
 

@@ -305,6 +305,8 @@ def _selections() -> Iterator[Sample]:
     yield call(aten.index_put.default, x, [torch.tensor([4, 1]), torch.tensor([2, 3])], real(2, 1))
     yield call(aten.index_add.default, x, 1, whole_numbers(4, 7), real(6, 7, 5))
     yield call(aten.embedding.default, real(7, 4), whole_numbers(7, 6, 3))
+    yield call(ops.embedding_rows.default, real(7, 4), whole_numbers(7, 6, 3), -1)
+    yield call(ops.embedding_rows.default, real(7, 4), whole_numbers(7, 6), 2)
     yield call(aten.embedding.default, real(7, 4), whole_numbers(7, 6), 2)
     yield call(aten.embedding.default, real(7, 4), whole_numbers(7, 6), -1, True)
     yield call(aten.one_hot.default, whole_numbers(4, 6, 3), 4)
