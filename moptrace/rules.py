@@ -558,7 +558,8 @@ def ring_attention(node: fx.Node) -> Rule:
     query, key, _ = operands(node)
     whole = attention(node)
     if _shape(query)[-2] != _shape(key)[-2]:
-        return Rule(whole.operands, (*whole.results, whole.results[0][:-1]))
+        lse = whole.results[0][:-1]
+        return Rule(whole.operands, (*whole.results, lse), quantum=whole.quantum)
     named = {"S": "s", "T": "t"}
     ins = tuple(tuple(named.get(d or "", d) for d in dims) for dims in whole.operands)
     out = tuple(named.get(d or "", d) for d in whole.results[0])

@@ -249,6 +249,12 @@ def _products() -> Iterator[Sample]:
     q, k, v = real(4, 6, 3, 4), real(4, 6, 5, 4), real(4, 6, 5, 2)
     yield call(attention, q, k, v)
     yield call(attention, q, k, v, real(4, 1, 3, 5))
+    grouped = real(4, 2, 5, 4), real(4, 2, 5, 4)
+    yield call(attention, q, *grouped, enable_gqa=True)
+    same = real(4, 6, 5, 4)
+    yield call(ops.attention.default, same, real(4, 6, 5, 4), real(4, 6, 5, 4), True, 0.5)
+    yield call(ops.attention.default, same, *grouped, False, 0.5)
+    yield call(ops.attention.default, q, *grouped, False, 0.5)
     yield call(attention, q, k, v, yes_or_no(3, 5).logical_or(torch.eye(3, 5).bool()))
     yield call(attention, q, k[:, :2], v[:, :2], None, 0.0, False, enable_gqa=True)
     yield call(attention, q, k[:, :, :3], v[:, :, :3], None, 0.0, True)
@@ -315,6 +321,9 @@ def _selections() -> Iterator[Sample]:
 def _losses() -> Iterator[Sample]:
     logits, labels = real(6, 5), whole_numbers(5, 6)
     labels[2] = -100
+    yield value(ops.kept_tokens.default, labels, 5, -100)
+    yield call(ops.vocab_projection.default, real(6, 4), real(7, 4), None, labels, 0.5, None)
+    yield call(ops.vocab_projection.default, real(6, 4), real(7, 4), real(7), labels, 1.0, 2.0)
     for reduction in (0, 2):
         yield call(aten.cross_entropy_loss.default, logits, labels, None, reduction)
         yield value(aten.cross_entropy_loss.default, logits, labels, real(5).abs(), reduction)
