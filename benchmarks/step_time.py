@@ -58,9 +58,9 @@ GATES: dict[tuple[str, int | None], float] = {
     ("fsdp2", 4096): 8.2,
 }
 
-# The same for every system. Each step allocates its gradients and gathered weights anew. "libc", the
-# C library as it comes and as users have it, gives that memory back to the kernel each time and pays
-# for the page faults; "reuse" keeps it in the process. FSDP2 gains most by that.
+# The same for every system. Each step allocates its gradients and gathered weights anew. "libc",
+# the C library as it comes and as users have it, gives that memory back to the kernel each time and
+# pays for the page faults; "reuse" keeps it in the process. FSDP2 gains most by that.
 ALLOCATORS: dict[str, dict[str, str]] = {
     "libc": {},
     "reuse": {
