@@ -14,7 +14,7 @@ from moptrace import roles
 from moptrace.core import Level, Pass, Program
 from moptrace.errors import PlanError
 from moptrace.passes.axes import argument, shape
-from moptrace.placement import Layout, Shard
+from moptrace.placement import Layout, Shard, chunk_sizes
 from moptrace.reshard import constrain
 
 __all__ = ["context_parallel"]
@@ -29,11 +29,12 @@ def context_parallel(layout: Layout, how: str = "ulysses") -> Pass:
 
     ``"ulysses"``: before attention, ranks exchange tokens for heads (all-to-all), so that each has
     all tokens of its share of the heads, and back after it (Jacobs et al., DeepSpeed Ulysses,
-    2023). Heads need not divide evenly; keys of grouped heads are repeated where ``cp`` does not
-    divide them. ``"ring"``: each rank keeps its queries, and keys and values travel around the
-    ranks (Liu et al., Ring Attention, 2023); attention with a mask or dropout takes ulysses.
-    ``"gather"``: every rank computes all of it. Attention written as products and a softmax needs
-    none of these: it keeps its queries, and its keys are gathered.
+    2023). Heads need not divide evenly, and keys of grouped heads are repeated where ``cp`` does
+    not divide them; where a rank would get no head, a ring serves. ``"ring"``: each rank keeps its
+    queries, and keys and values travel around the ranks (Liu et al., Ring Attention, 2023);
+    attention with a mask or dropout takes ulysses. ``"gather"``: every rank computes all of it, as
+    it does where neither fits. Attention written as products and a softmax needs none of these: it
+    keeps its queries, and its keys are gathered.
 
     Outside attention every rank keeps its own tokens. Requires: ``classify``. Ensures: the same
     values on one device.
@@ -48,13 +49,18 @@ def context_parallel(layout: Layout, how: str = "ulysses") -> Pass:
         graph, _ = program.copy_graph()
         found = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default]
         for node in found:
-            if how == "ring" and _is_plain(node):
+            enough = len(shape(node)) == 4 and min(_heads_of_ranks(node, sizes["cp"])) > 0
+            if _is_plain(node) and (how == "ring" or not enough):
                 _ring(node)
-            elif len(shape(node)) == 4:
+            elif enough:
                 _exchange_heads(node, sizes["cp"])
         return program.with_graph(graph) if found else program
 
     return Pass("context_parallel", rewrite, (("how", how),), takes=(Level.CANONICAL,))
+
+
+def _heads_of_ranks(node: fx.Node, ranks: int) -> tuple[int, ...]:
+    return chunk_sizes(shape(node)[HEADS], (ranks,))
 
 
 def _is_plain(node: fx.Node) -> bool:
