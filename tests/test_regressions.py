@@ -204,7 +204,8 @@ class Case:
     ``put_back`` gives the program with the bug. ``wrong`` is a pattern of what the comparison then
     finds. The loss is right all the same where it is ``silent``. The checker refuses the program
     where it is ``refused`` (None: it should). ``times`` is how much too large the wrong values are,
-    where it is their scale that is wrong, and ``more`` how much larger the loss is. ``hidden_in`` is a setting in which nothing changes.
+    where it is their scale that is wrong, and ``more`` how much larger the loss is.
+    ``hidden_in`` is a setting in which nothing changes.
     """
 
     reports: str
@@ -470,7 +471,9 @@ def local_shift(patch: pytest.MonkeyPatch) -> None:
     """Probabilities over the words of one shard instead of the whole vocabulary."""
     whole, statistics = rings.vocab_shard_gradients, rings.vocab_shard_statistics
 
-    def of_the_shard(hidden: Tensor, weight: Tensor, targets: Tensor, *bias: Tensor, **how: Any):  # type: ignore[no-untyped-def]
+    def of_the_shard(
+        hidden: Tensor, weight: Tensor, targets: Tensor, *bias: Tensor, **how: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         options = {k: how[k] for k in ("start", "scale", "softcap")}
         own = statistics(hidden, weight, targets, *bias, **options)
         how["shift"] = rings.log_sum_exp(own)
