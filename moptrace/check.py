@@ -259,10 +259,12 @@ class _Placements:
         for end, kind, wanted in (("takes", source, row.source), ("gives", target, row.target)):
             if wanted is not None and not isinstance(kind, wanted):
                 yield node, f"{name} {end} {wanted.__name__.lower()}, got {kind}"
-        dims = [a for a in node.args[2:3] if isinstance(a, int)]
-        for kind in (source, target):
-            if isinstance(kind, Shard) and dims and name != "all_to_all" and kind.dim != dims[0]:
-                yield node, f"{name} acts on dimension {dims[0]}, but the operand is {kind}"
+        sides = node.args[2:3] * 2
+        if name == "all_to_all":  # joins what was split, and splits something else
+            sides = node.args[4], node.args[2]
+        for kind, dim in zip((source, target), sides, strict=False):
+            if isinstance(kind, Shard) and kind.dim != dim:
+                yield node, f"{name} acts on dimension {dim}, but the operand is {kind}"
         yield from self._others_unchanged(node, x, axis)
 
     def _regroups(self, node: fx.Node) -> Faults:

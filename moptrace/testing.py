@@ -265,7 +265,8 @@ def _assemble(parts: list[Tensor], placement: Placement, name: str) -> Tensor:
 def _agreed(values: list[Tensor], what: str) -> Tensor:
     """The value that all ranks share; AssertionError if they do not."""
     for rank, value in enumerate(values):
-        assert torch.equal(value, values[0]), f"{what} differs between rank 0 and rank {rank}"
+        alike = torch.allclose(value, values[0], rtol=0, atol=0, equal_nan=True)
+        assert alike, f"{what} differs between rank 0 and rank {rank}"
     return values[0]
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gloo import Ranks
-from moptrace import Plan, Program, collectives, rings, roles, testing, trace
+from moptrace import Plan, Program, collectives, rings, roles, trace
 from moptrace.check import check
 from moptrace.errors import CheckError
 from moptrace.passes.default import canonical, sharded
@@ -608,7 +608,7 @@ CASES = (
     Case("Megatron#5850", IN_GROUPS, before_sharding(bias_without_its_weight), "loss:"),
     Case(
         "Megatron#1764", Setting("words", 4, Plan(ep=1, cp=2), ignored="half"),
-        changing(mean_of_means), "the loss differs", refused=True,
+        changing(mean_of_means), "loss:", refused=True,
         hidden_in=Setting("words", 4, Plan(ep=1, cp=2), ignored=""),
     ),
     Case(
@@ -656,7 +656,7 @@ CASES = (
         changing(seen_times_cp), "buffer seen:", silent=True,
     ),
     Case(
-        "titan#3206", ULYSSES, changing(exchanged_on_the_wrong_axis), "loss:", refused=None,
+        "titan#3206", ULYSSES, changing(exchanged_on_the_wrong_axis), "loss:", refused=True,
     ),
     Case(
         "titan#3681", GATHER, changing(gathered_on_the_wrong_axis), "loss:", refused=True,
@@ -736,11 +736,6 @@ def test_where_the_bug_does_not_show(case: Case, monkeypatch: pytest.MonkeyPatch
     assert_same_step(it.step(case.put_back(it, monkeypatch)), right(it))
 
 
-@pytest.mark.xfail(strict=True, reason="the checker does not look at the dimensions of all_to_all")
-def test_the_checker_refuses_an_exchange_of_the_wrong_dimensions() -> None:
-    assert refused(edited(ULYSSES.local, lambda graph: exchanged_on_the_wrong_axis(graph, ULYSSES)))
-
-
 # --- experts without tokens -----------------------------------------------------------------------
 
 
@@ -818,9 +813,8 @@ def test_titan_4297_a_label_that_does_not_exist(loss: str, label: int) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_aiter_5165_no_label_at_all(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aiter_5165_no_label_at_all(loss: str) -> None:
     """The loss is that of one device, 0 / 0; a count that is kept above zero hides it."""
-    monkeypatch.setattr(testing, "_agreed", lambda values, what: values[0])  # nan is not nan
     it = Setting("words", 4, LOSSES[loss], ignored="all")
     model, _ = it.traced
     fed = {**it.batch, "labels": torch.full_like(it.batch["labels"], -100)}
