@@ -27,6 +27,7 @@ from moptrace.check import check
 from moptrace.collectives import COLLECTIVES
 from moptrace.errors import CheckError
 from moptrace.passes.default import canonical, sharded
+from moptrace.rings import ring
 from moptrace.rules import Rule
 from moptrace.testing import (
     ModelSpec,
@@ -89,8 +90,8 @@ class Subject:
 
 def some_batch(seed: int, size: int = 12) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(13, (size, 3), generator=generator)
-    labels = torch.randint(13, (size, 3), generator=generator)
+    ids = torch.randint(13, (size, 6), generator=generator)
+    labels = torch.randint(13, (size, 6), generator=generator)
     labels[: size // 4, :2] = -100
     return {"input_ids": ids, "labels": labels}
 
@@ -98,12 +99,14 @@ def some_batch(seed: int, size: int = 12) -> dict[str, Tensor]:
 MOE = ModelSpec(
     style="canonical", experts=5, biases=True, shared="gated", attention=True, balance=0.1
 )
-SUBJECTS: dict[str, tuple[Callable[[], nn.Module], int, int, str]] = {
-    "experts over all ranks": (MOE.build, 3, 3, "shard"),
-    "experts in groups": (MOE.build, 4, 2, "shard"),
-    "experts in groups, alike": (MOE.build, 4, 2, "replicate"),
-    "no expert parallelism": (MOE.build, 2, 1, "shard"),
-    "reductions": (lambda: _seeded(Everything), 3, 1, "shard"),
+SUBJECTS: dict[str, tuple[Callable[[], nn.Module], int, Plan]] = {
+    "experts over all ranks": (MOE.build, 3, Plan(ep=3)),
+    "experts in groups": (MOE.build, 4, Plan(ep=2)),
+    "experts in groups, alike": (MOE.build, 4, Plan(ep=2, edp="replicate")),
+    "no expert parallelism": (MOE.build, 2, Plan(ep=1)),
+    "reductions": (lambda: _seeded(Everything), 3, Plan(ep=1)),
+    "heads for tokens": (MOE.build, 8, Plan(ep=2, cp=2, logits_bytes=0, embedding_bytes=0)),
+    "rings": (MOE.build, 3, Plan(ep=3, cp=3, context="ring", logits_bytes=0)),
 }
 
 
@@ -113,11 +116,11 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def local_program(label: str) -> Program:
-    make, world_size, ep, edp = SUBJECTS[label]
+    make, world_size, plan = SUBJECTS[label]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an operator without a rule is part of the plot
         program = canonical()(trace(make(), some_batch(0)))
-        return sharded(Plan(ep=ep, edp=edp), world_size)(program)
+        return sharded(plan, world_size)(program)
 
 
 @cache
@@ -134,7 +137,7 @@ PACKING = {ops.pack.default, ops.unpack.default}
 
 def kind_of(node: fx.Node) -> str | None:
     """What an inserted node is, or None for a node of the user's."""
-    row = collectives.collective(node.target)
+    row = collectives.collective(node.target) or ring(node.target)
     if row is not None:
         return row.name
     if node.target in ROWS | PACKING:
@@ -150,8 +153,11 @@ def kind_of(node: fx.Node) -> str | None:
 
 
 def deleted(program: Program, name: str) -> Program:
-    """The node's users take its input."""
+    """The node's users take its input; an operator that travels stays where it is."""
     graph, node = _copy(program, name)
+    if (row := ring(node.target)) is not None:
+        node.target, node.args = row.whole, node.args[: len(row.whole._schema.arguments)]
+        return program.with_graph(graph)
     source = node.args[0]
     if isinstance(source, (list, tuple)):  # pack
         source = source[0]
@@ -172,7 +178,7 @@ def doubled(program: Program, name: str) -> Program | None:
     None where neither has a meaning.
     """
     graph, node = _copy(program, name)
-    if node.target in PACKING:
+    if node.target in PACKING or ring(node.target):
         return None
     with graph.inserting_after(node):
         again = graph.node_copy(node, lambda x: x)
@@ -231,7 +237,7 @@ def test_no_inserted_node_can_be_deleted_or_doubled_unnoticed() -> None:
 # Collectives that the passes insert for these plans, and the nodes around them.
 REACHED = {
     "all_gather", "all_gather_invariant", "all_reduce", "all_reduce_invariant", "vary",
-    "take_shard",
+    "take_shard", "all_to_all", "ring_attention", "ring_embedding_rows", "ring_vocab_projection",
     "exchange_counts", "send_rows", "return_rows", "group_rows", "ungroup_rows", "pack", "unpack",
     "division of an average", "count of labels",
 }  # fmt: skip
