@@ -98,6 +98,7 @@ def test_what_treats_ranks_apart_belongs_to_one_view() -> None:
 
 def test_views_of_different_ranks_make_no_layout() -> None:
     with pytest.raises(ValueError, match="not views of the same ranks"):
-        Layout(View("home", (Axis("dp", 4),)), View("experts", (Axis("ep", 2),)))
+        home = View("home", (Axis("dp", 4),))
+        Layout(home, home, View("experts", (Axis("ep", 2),)))
     with pytest.raises(ValueError, match="does not divide"):
         Layout.of(4, ep=3)
