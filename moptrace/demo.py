@@ -115,7 +115,7 @@ def run(ranks: int = 4, steps: int = 30, console: Console | None = None) -> floa
     Spawns ``ranks`` processes that talk over gloo. Needs the ``hf`` extra (transformers).
 
     In float32 both runs add the same numbers, in another order: the losses differ by rounding,
-    which was 1.2e-6 at most in 30 steps. ``LIMIT`` leaves room for a token whose last two experts
+    which was 6.2e-6 at most in 30 steps. ``LIMIT`` leaves room for a token whose last two experts
     are tied to within rounding and which takes the other one, in one of 100,000 such choices.
     """
     console = console or Console()
