@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
+from gloo import Ranks
 from moptrace import Plan, Program, trace
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.fuse_vocabulary import LogitsWarning, fuse_vocabulary
@@ -341,3 +342,38 @@ def test_no_rank_ever_holds_its_tokens_times_the_vocabulary() -> None:
     assert largest.elements < operator.floordiv(tokens * words, 4)
     want = eager_step(model, fed)
     assert math.isclose(float(step.loss), float(want.loss), rel_tol=1e-5)
+
+
+# --- on real ranks --------------------------------------------------------------------------------
+
+
+def outputs_of_a_rank(fed: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The logits that a rank returns while training, and in evaluation; and the loss there."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from moptrace import parallelize
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallel = parallelize(
+        Words(plain), mesh, Plan(**FUSED), batch={k: v[:6] for k, v in fed.items()}
+    )
+    own = parallel.local_batch(fed)
+    _, training = parallel(**own)
+    parallel.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LogitsWarning)
+        loss, evaluating = parallel(**own)
+    return training, evaluating.detach(), loss.detach()
+
+
+def test_logits_are_there_in_evaluation_and_not_while_training(
+    ranks: Callable[[int], Ranks],
+) -> None:
+    fed = batch(1)
+    want, logits = Words(plain)(**fed)
+    answers = ranks(2)(outputs_of_a_rank, fed)
+    assert [training for training, _, _ in answers] == [None, None]
+    torch.testing.assert_close(torch.cat([kept for _, kept, _ in answers]), logits.detach())
+    for _, _, loss in answers:
+        torch.testing.assert_close(loss, want.detach())
