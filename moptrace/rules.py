@@ -537,7 +537,30 @@ def einsum(node: fx.Node) -> Rule | None:
 
 def attention(node: fx.Node) -> Rule:
     """Batch and heads can be split; positions must be whole (ring and Ulysses rewrite that)."""
+    return _attention(node, "S", operands(node)[3:])
+
+
+def ring_attention(node: fx.Node) -> Rule:
+    """As attention; and where lengths agree, queries and keys are split together."""
+    mask, documents = (argument(node, at, "") for at in (3, 4))
     query, key, *_ = operands(node)
+    meet = _shape(query)[-2] == _shape(key)[-2]
+    tokens = "s" if meet else "S"
+    rule = _attention(node, tokens, [mask] if mask is not None else [])
+    ins = list(rule.operands)
+    if documents is not None:
+        ins.append((ins[0][0] if _shape(documents)[0] > 1 else None, "D"))
+    results = (rule.results[0], rule.results[0][:-1])
+    if not meet:
+        return Rule(tuple(ins), results, quantum=rule.quantum)
+    named = [tuple("t" if d == "T" else d for d in dims) for dims in ins[1:3]]
+    ins = (ins[0], *named, *ins[3:])
+    return Rule(ins, results, whole=frozenset({"t"}), together=("s", "t"), quantum=rule.quantum)
+
+
+def _attention(node: fx.Node, tokens: str, masks: Sequence[fx.Node]) -> Rule:
+    """Attention of ``tokens`` to whole keys ``T``."""
+    query, key = operands(node)[:2]
     lead = _dims("b", len(_shape(query)) - 2)
     kv_lead, sizes = lead, dict[str, int]()
     if lead and _shape(query)[-3] != _shape(key)[-3]:  # each head of keys serves several queries'
@@ -545,27 +568,11 @@ def attention(node: fx.Node) -> Rule:
         sizes = {"g": groups, "r": _shape(query)[-3] // groups}
         kv_lead = (*lead[:-1], "g")
         lead = (*lead[:-1], "g.r")
-    ins: list[Dims] = [(*lead, "S", "E"), (*kv_lead, "T", "E"), (*kv_lead, "T", "F")]
-    out = (*lead, "S", "F")
-    scores = (*lead, "S", "T")
+    ins: list[Dims] = [(*lead, tokens, "E"), (*kv_lead, "T", "E"), (*kv_lead, "T", "F")]
     result = next(r for r in results(node) if r is not None).shape
-    ins += [_broadcast(_shape(mask), result, scores) for mask in operands(node)[3:]]
-    return Rule(tuple(ins), (out,), quantum=sizes)
-
-
-def ring_attention(node: fx.Node) -> Rule:
-    """As attention, and queries and keys are split together, where their lengths agree."""
-    query, key, _ = operands(node)
-    whole = attention(node)
-    if _shape(query)[-2] != _shape(key)[-2]:
-        lse = whole.results[0][:-1]
-        return Rule(whole.operands, (*whole.results, lse), quantum=whole.quantum)
-    named = {"S": "s", "T": "t"}
-    ins = tuple(tuple(named.get(d or "", d) for d in dims) for dims in whole.operands)
-    out = tuple(named.get(d or "", d) for d in whole.results[0])
-    return Rule(
-        ins, (out, out[:-1]), whole=frozenset({"t"}), together=("s", "t"), quantum=whole.quantum
-    )
+    scores = (*result[:-1], _shape(key)[-2])
+    ins += [_broadcast(_shape(mask), scores, (*lead, tokens, "T")) for mask in masks]
+    return Rule(tuple(ins), ((*lead, tokens, "F"),), quantum=sizes)
 
 
 def convolution(node: fx.Node) -> Rule | None:

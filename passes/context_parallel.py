@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from typing import Any
@@ -13,7 +14,8 @@ from torch.utils import _pytree as pytree
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
 from moptrace.errors import PlanError
-from moptrace.passes.axes import argument, shape
+from moptrace.passes.attention_masks import Seen, read_mask
+from moptrace.passes.axes import CASTS, RESHAPES, argument, packet, shape
 from moptrace.placement import Layout, Shard, chunk_sizes
 from moptrace.reshard import constrain
 
@@ -70,10 +72,18 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 def _ring(node: fx.Node) -> None:
-    width = shape(node.args[0])[-1]  # type: ignore[arg-type]
-    scale = argument(node, 6, "scale") or 1 / math.sqrt(width)
-    causal = bool(argument(node, 5, "is_causal", False))
-    both = _call(node, ops.attention.default, *node.args[:3], causal, scale)
+    query, key, value = _operands(node)
+    key, value = _before_repeats(key, value) or (key, value)
+    seen = _seen(node)
+    mask, documents = None, next(iter(seen.documents), None)
+    if seen.rest:
+        mask = functools.reduce(lambda a, b: _call(node, aten.bitwise_and.Tensor, a, b), seen.rest)
+        mask = _with_dims(node, mask, 4)
+    if documents is not None:
+        documents = _with_dims(node, documents, 2)
+    scale = argument(node, 6, "scale") or 1 / math.sqrt(shape(query)[-1])
+    given = (query, key, value, mask, documents, seen.left, seen.right, scale)
+    both = _call(node, ops.attention.default, *given)
     with node.graph.inserting_before(node):
         out = node.graph.call_function(operator.getitem, (both, 0))
     roles.set_value(out, roles.value(both)[0])
@@ -83,14 +93,24 @@ def _ring(node: fx.Node) -> None:
 
 
 def _exchange_heads(node: fx.Node, ranks: int) -> None:
-    query, key, value, *rest = node.args
-    heads, groups = shape(query)[HEADS], shape(key)[HEADS]  # type: ignore[arg-type]
-    if heads != groups and (groups % ranks or heads % ranks):
-        key, value = (_repeated(node, x, heads // groups) for x in (key, value))
-        node.update_kwarg("enable_gqa", False)
-        rest = [*rest[:4]]
-    split = [_call(node, constrain, x, "cp", str(Shard(HEADS))) for x in (query, key, value)]
-    node.args = (*split, *rest)
+    query, key, value = _operands(node)
+    heads, rest = shape(query)[HEADS], list(node.args[3:])
+    if argument(node, 3, "attn_mask") is not None and _seen(node) == Seen(right=0):
+        rest = [None, argument(node, 4, "dropout_p", 0.0), True]
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
+    before = _before_repeats(key, value)
+    apart = before or (key, value)
+    groups = shape(apart[0])[HEADS]
+    if groups % ranks == 0 and heads % ranks == 0:
+        split = [_held_as(node, x, HEADS) for x in apart]
+        if before:
+            split = [_repeated(node, x, heads // groups) for x in split]
+    else:
+        if shape(key)[HEADS] != heads:
+            key, value = (_repeated(node, x, heads // groups) for x in (key, value))
+            node.update_kwarg("enable_gqa", False)
+        split = [_held_as(node, x, HEADS) for x in (key, value)]
+    node.args = (_held_as(node, query, HEADS), *split, *rest)
     users = list(node.users)
     with node.graph.inserting_after(node):
         back = node.graph.call_function(constrain, (node, "cp", str(Shard(TOKENS))))
@@ -100,12 +120,67 @@ def _exchange_heads(node: fx.Node, ranks: int) -> None:
         user.replace_input_with(node, back)
 
 
-def _repeated(node: fx.Node, x: Any, times: int) -> fx.Node:
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Query, key and value."""
+    names = ("query", "key", "value")
+    query, key, value = (argument(node, at, name) for at, name in enumerate(names))
+    return query, key, value
+
+
+def _seen(node: fx.Node) -> Seen:
+    """Which keys the queries of an attention see."""
+    mask: fx.Node | None = argument(node, 3, "attn_mask")
+    if mask is None:
+        return Seen(right=0 if argument(node, 5, "is_causal", False) else None)
+    query, key, _ = _operands(node)
+    seen = read_mask(mask)
+    plain = len(seen.documents) < 2 and shape(query)[TOKENS] == shape(key)[TOKENS]
+    return seen if plain else Seen(rest=(mask,))
+
+
+def _before_repeats(key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Keys and values before each is repeated for the heads of its group, if both are."""
+    sources = _before_repeat(key), _before_repeat(value)
+    one, other = sources
+    return (one, other) if one is not None and other is not None else None
+
+
+def _before_repeat(x: fx.Node) -> fx.Node | None:
+    """[B, g, T, d], if ``x`` has each of its heads several times, one after the other."""
+    if packet(x) is aten.repeat_interleave:
+        along_heads = argument(x, 2, "dim") == HEADS and isinstance(x.args[1], int)
+        return x.args[0] if along_heads else None  # type: ignore[return-value]
+    wide: Any = x.args[0] if packet(x) in RESHAPES else None
+    while isinstance(wide, fx.Node) and packet(wide) in CASTS:
+        wide = wide.args[0]
+    apart: Any = wide.args[0] if wide is not None and packet(wide) is aten.expand else None
+    if apart is None or packet(apart) not in RESHAPES:
+        return None
+    batch, groups, times, *rest = shape(wide)
+    source: Any = apart.args[0]
+    fits = shape(x) == (batch, groups * times, *rest) and shape(source) == (batch, groups, *rest)
+    return source if fits and shape(apart) == (batch, groups, 1, *rest) else None
+
+
+def _repeated(node: fx.Node, x: fx.Node, times: int) -> fx.Node:
     """Keys or values of grouped heads, once for each head."""
     batch, groups, tokens, width = shape(x)
     apart = _call(node, aten.unsqueeze.default, x, 2)
     wide = _call(node, aten.expand.default, apart, [batch, groups, times, tokens, width])
     return _call(node, aten.reshape.default, wide, [batch, groups * times, tokens, width])
+
+
+def _held_as(node: fx.Node, x: fx.Node, dim: int) -> fx.Node:
+    """``x`` with this dimension split over ``cp``."""
+    return _call(node, constrain, x, "cp", str(Shard(dim)))
+
+
+def _with_dims(node: fx.Node, x: fx.Node, dims: int) -> fx.Node:
+    """``x`` with so many dimensions, the new ones of size 1."""
+    sizes = shape(x)
+    if len(sizes) == dims:
+        return x
+    return _call(node, aten.reshape.default, x, [*[1] * (dims - len(sizes)), *sizes])
 
 
 def _call(node: fx.Node, op: Any, *args: Any) -> fx.Node:

@@ -193,7 +193,7 @@ def test_attention_of_every_shape(name: str, how: str) -> None:
 def test_attention_by_parts_is_torchs_own() -> None:
     q = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(2, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    have, _ = attention(q, k, v, is_causal=True, scale=0.4)
+    have, _ = attention(q, k, v, right=0, scale=0.4)
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4, enable_gqa=True)
     torch.testing.assert_close(have, want)
     weight = torch.randn_like(want)
