@@ -26,6 +26,7 @@ from torch import Tensor
 import moptrace.kernels.vocab_projection  # noqa: F401  registers the operator of one device
 from moptrace.collectives import Communicator
 from moptrace.kernels.attention import Sight, Span, add_attention, add_gradients, nothing_seen
+from moptrace.kernels.causal_conv1d import convolve, convolve_backward
 from moptrace.kernels.embedding_rows import sum_by_id
 from moptrace.kernels.linear_cross_entropy import (
     VocabStatistics,
@@ -615,6 +616,54 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.movedim(0, 2)
 
 
+# --- convolutions over tokens ---------------------------------------------------------------------
+# A kernel reaches back to a few tokens of the rank before; their gradients go back there.
+
+
+def _convolution_forward(
+    seat: Seat,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    groups: int,
+    tokens: int,
+) -> Journey:
+    before = yield from _tokens_before(seat, x, (weight.shape[-1] - 1) * dilation)
+    return (convolve(before, x, weight, bias, dilation, groups),)
+
+
+def _convolution_backward(
+    seat: Seat,
+    arguments: tuple[Any, ...],
+    results: Tensors,
+    gradients: Sequence[Tensor | None],
+) -> Journey:
+    x, weight, bias, dilation, groups, _ = arguments
+    before = yield from _tokens_before(seat, x, (weight.shape[-1] - 1) * dilation)
+    assert gradients[0] is not None, "the only result has a gradient"
+    of_before, of_x, of_weight, of_bias = convolve_backward(
+        gradients[0], before, x, weight, bias, dilation, groups
+    )
+    own = of_before.movedim(2, 0)[: 0 if seat.at == 0 else None]
+    of_x, reach = of_x.clone(), before.shape[-1]
+    theirs = own.new_empty(0 if seat.at + 1 == seat.ranks else reach, *own.shape[1:])
+    previous, following = ((seat.at + d) % seat.ranks for d in (-1, 1))
+    yield from hand_over(seat, (own,), previous, (theirs,), following)
+    of_x[..., x.shape[-1] - len(theirs) :] += theirs.movedim(0, 2)
+    return of_x, of_weight, of_bias
+
+
+def _tokens_before(seat: Seat, x: Tensor, reach: int) -> Journey:
+    """The last tokens [B, C, reach] of the rank before; zeros before the first."""
+    last = x[..., x.shape[-1] - reach :].movedim(2, 0)
+    before = torch.zeros_like(last, memory_format=torch.contiguous_format)
+    send = last[: 0 if seat.at + 1 == seat.ranks else None].contiguous()
+    into = before[: 0 if seat.at == 0 else None]
+    yield Wait((yield Start((send,), (into,))))
+    return before.movedim(0, 2)
+
+
 # --- the embedding --------------------------------------------------------------------------------
 # Every rank has some of the ids and v of the V rows of the weight. It asks for each row that it
 # needs once, and gets it from the rank that has it; gradients go the same way back. A rank learns
@@ -724,6 +773,15 @@ _RINGS = (
         lambda query, *_: (query.shape[2],),
         _attention_forward,
         _attention_backward,
+    ),
+    Ring(
+        "ring_causal_conv1d",
+        "(Tensor x, Tensor weight, Tensor? bias, int dilation, int groups, int tokens, str axis) "
+        "-> Tensor",
+        torch.ops.moptrace.causal_conv1d.default,
+        lambda x, *_: (x.shape[2],),
+        _convolution_forward,
+        _convolution_backward,
     ),
     Ring(
         "ring_vocab_projection",

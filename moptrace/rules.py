@@ -586,6 +586,13 @@ def convolution(node: fx.Node) -> Rule | None:
     return Rule(tuple(ins), (("n", "O", *(f"P{i}" for i in range(space))),))
 
 
+def causal_conv1d(node: fx.Node) -> Rule:
+    """As convolution; and tokens may be split, for a rank gets those that it lacks (``s``)."""
+    bias = [("O",)] if node.args[2] is not None else []
+    ins: list[Dims] = [("n", "C", "s"), ("O", "I", "K"), *bias]
+    return Rule(tuple(ins), (("n", "O", "s"),), whole=frozenset({"t"}), together=("s", "t"))
+
+
 # --- normalisation, softmax, selection ------------------------------------------------------------
 
 
@@ -858,6 +865,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     **dict.fromkeys((aten.var, aten.std), reduction(summed=False)),
     **dict.fromkeys((aten.linalg_vector_norm, aten.norm), reduction(summed=False)),
     aten.cumsum: along_dim(1),
+    aten.diff: along_dim(2, -1, linear=False),
     **dict.fromkeys((aten.cumprod, aten.logcumsumexp), along_dim(1, linear=False)),
     **dict.fromkeys((aten.histc, aten.bincount), histogram),
     aten.linear: linear,
@@ -925,6 +933,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
 
 def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
     import moptrace.kernels.attention
+    import moptrace.kernels.causal_conv1d
     import moptrace.kernels.embedding_rows
     import moptrace.kernels.grouped_mm
     import moptrace.kernels.routing
@@ -938,6 +947,7 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
         ops.expert_rows: expert_rows,
         ops.combine: combine,
         ops.attention: ring_attention,
+        ops.causal_conv1d: causal_conv1d,
         ops.vocab_projection: vocab_projection,
         ops.embedding_rows: embedding_rows,
         ops.kept_tokens: _same,

@@ -117,7 +117,7 @@ class _Term:
     def seen_from(self, node: fx.Node) -> _Term:
         """The same term of a mask that has other dimensions of size 1."""
         to = _moves(node)
-        if self.is_window or to is None:
+        if self.is_window or to is None or all(old == new for old, new in to.items()):
             return self
         of = self.of.moved(lambda d: to.get(d, d)) if self.of else None
         return _Term(of, self.low, self.high, node)

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from moptrace import roles
-from moptrace.core import Level, Pass, Program
+from moptrace.core import Level, Pass, Program, erase_dead
 from moptrace.errors import PlanError
 from moptrace.passes.attention_masks import Seen, read_mask
 from moptrace.passes.axes import CASTS, RESHAPES, argument, packet, shape
@@ -34,9 +34,12 @@ def context_parallel(layout: Layout, how: str = "ulysses") -> Pass:
     2023). Heads need not divide evenly, and keys of grouped heads are repeated where ``cp`` does
     not divide them; where a rank would get no head, a ring serves. ``"ring"``: each rank keeps its
     queries, and keys and values travel around the ranks (Liu et al., Ring Attention, 2023);
-    attention with a mask or dropout takes ulysses. ``"gather"``: every rank computes all of it, as
-    it does where neither fits. Attention written as products and a softmax needs none of these: it
-    keeps its queries, and its keys are gathered.
+    attention with dropout or with a mask that is trained takes ulysses. ``"gather"``: every rank
+    computes all of it, as it does where neither fits. Attention written as products and a softmax
+    needs none of these: it keeps its queries, and its keys are gathered.
+
+    Keys that are repeated for the heads of their group move before they are repeated. A mask that
+    compares positions or documents is read (``attention_masks.py``) and not made in a ring.
 
     Outside attention every rank keeps its own tokens. Requires: ``classify``. Ensures: the same
     values on one device.
@@ -49,13 +52,15 @@ def context_parallel(layout: Layout, how: str = "ulysses") -> Pass:
         if sizes.get("cp", 1) == 1 or how == "gather":
             return program
         graph, _ = program.copy_graph()
+        trained = {p.name for p in program.signature.parameters if p.requires_grad}
         found = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default]
         for node in found:
             enough = len(shape(node)) == 4 and min(_heads_of_ranks(node, sizes["cp"])) > 0
-            if _is_plain(node) and (how == "ring" or not enough):
+            if _can_travel(node, trained) and (how == "ring" or not enough):
                 _ring(node)
             elif enough:
                 _exchange_heads(node, sizes["cp"])
+        erase_dead(graph)
         return program.with_graph(graph) if found else program
 
     return Pass("context_parallel", rewrite, (("how", how),), takes=(Level.CANONICAL,))
@@ -65,10 +70,23 @@ def _heads_of_ranks(node: fx.Node, ranks: int) -> tuple[int, ...]:
     return chunk_sizes(shape(node)[HEADS], (ranks,))
 
 
-def _is_plain(node: fx.Node) -> bool:
-    """Whether attention has neither a mask nor dropout."""
-    masked = argument(node, 3, "attn_mask") is not None
-    return len(shape(node)) == 4 and not masked and not argument(node, 4, "dropout_p", 0.0)
+def _can_travel(node: fx.Node, trained: set[str]) -> bool:
+    """Whether attention has no dropout, and no mask that gets a gradient."""
+    mask = argument(node, 3, "attn_mask")
+    dropout = argument(node, 4, "dropout_p", 0.0)
+    return len(shape(node)) == 4 and not dropout and not (mask and _reached(mask, trained))
+
+
+def _reached(node: fx.Node, names: set[str]) -> bool:
+    """Whether a node is made of inputs with some names."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for x in (here := waiting.pop()).all_input_nodes:
+            waiting.extend({x} - seen)
+            seen.add(x)
+        if here.op == "placeholder" and here.name in names:
+            return True
+    return False
 
 
 def _ring(node: fx.Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moptrace.core import Pass, chain
 from moptrace.passes.bucket_gathers import bucket_gathers
+from moptrace.passes.causal_convolutions import causal_convolutions
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
@@ -38,6 +39,7 @@ def sharded(plan: Plan, world_size: int, keep_logits: bool = False) -> Pass:
     layout = plan.layout(world_size)
     return chain(
         context_parallel(layout, plan.context),
+        causal_convolutions(layout),
         fuse_vocabulary(plan.logits_bytes * world_size, keep_logits or plan.keep_logits),
         fuse_embedding(world_size, plan.embedding_bytes),
         shard_parameters(layout, plan.edp),
