@@ -518,6 +518,11 @@ def matmul(node: fx.Node) -> Rule:
     return spelled("...mk, ...kn -> ...mn", {0, 1})(node)
 
 
+def solve_triangular(node: fx.Node) -> Rule | None:
+    """Each column of the right side is solved for by itself."""
+    return spelled("...NK, ...Km -> ...Nm", {1})(node) if argument(node, 3, "left", True) else None
+
+
 def addmm(node: fx.Node) -> Rule:
     bias, result = _shape(operands(node)[0]), roles.tensor(node).shape
     return Rule((_broadcast(bias, result, ("m", "n")), ("m", "K"), ("K", "n")), (("m", "n"),))
@@ -876,6 +881,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     aten.dot: spelled("k, k -> ", {0, 1}),
     aten.outer: spelled("m, n -> mn", {0, 1}),
     aten.addmm: addmm,
+    aten.linalg_solve_triangular: solve_triangular,
     aten.einsum: einsum,
     aten.scaled_dot_product_attention: attention,
     **dict.fromkeys((aten.conv1d, aten.conv2d, aten.convolution), convolution),

@@ -157,7 +157,7 @@ class _Reader:
         if kind in _AND:
             return tuple(t for side in node.args for t in self.boolean(side))  # type: ignore
         if kind in _NOT:
-            return _opposite(self._boolean(node.args[0]))  # type: ignore[arg-type]
+            return self._unless(node.args[0])  # type: ignore[arg-type]
         if kind in _COMPARISONS:
             return self._compared(node, *_COMPARISONS[kind])
         if kind in (aten.tril, aten.triu):
@@ -166,6 +166,12 @@ class _Reader:
             inner = self._boolean(node.args[0])  # type: ignore[arg-type]
             return None if inner is None else tuple(term.seen_from(node) for term in inner)
         return () if _filled(node) == 1 else None
+
+    def _unless(self, node: fx.Node) -> Terms | None:
+        """Where a mask is not."""
+        if packet(node) in _NOT:
+            return self._boolean(node.args[0])  # type: ignore[arg-type]
+        return _opposite(self._boolean(node))
 
     def added(self, node: fx.Node) -> Terms:
         """A mask of zeros, and of -inf or the lowest number where a key is hidden."""
@@ -181,9 +187,9 @@ class _Reader:
         if kind is aten.where and len(args) == 3 and _filled(args[1]) == 0:
             return self._boolean(args[0]), _filled(args[2])  # type: ignore[arg-type]
         if kind is aten.where and len(args) == 3 and _filled(args[2]) == 0:
-            return _opposite(self._boolean(args[0])), _filled(args[1])  # type: ignore[arg-type]
+            return self._unless(args[0]), _filled(args[1])  # type: ignore[arg-type]
         if kind is aten.masked_fill and _filled(args[0]) == 0:
-            return _opposite(self._boolean(args[1])), _filled(args[2])  # type: ignore[arg-type]
+            return self._unless(args[1]), _filled(args[2])  # type: ignore[arg-type]
         if kind in (aten.tril, aten.triu) and (value := _filled(args[0])) is not None:
             return _opposite((_triangle(node),)), value
         if kind in _SAME or _adds_dims(node):

@@ -13,6 +13,7 @@ from moptrace.passes.localize import localize
 from moptrace.passes.normalize_losses import normalize_losses
 from moptrace.passes.place import place
 from moptrace.passes.raise_experts import raise_experts
+from moptrace.passes.replicated_tokens import report_replicated_tokens
 from moptrace.passes.shard_parameters import shard_batch, shard_parameters
 from moptrace.plan import Plan
 
@@ -45,6 +46,7 @@ def sharded(plan: Plan, world_size: int, keep_logits: bool = False) -> Pass:
         shard_parameters(layout, plan.edp),
         shard_batch(layout),
         place(),
+        report_replicated_tokens(asked=plan.context == "gather"),
         localize(),
         bucket_gathers(),
         name="sharded",
