@@ -194,8 +194,8 @@ def add_attention(
     """
     for tile in sight.tiles(queries, keys, query):
         rows, columns = tile.queries, tile.keys
-        operands = rows.of(query, queries.start), *(columns.of(x, keys.start) for x in (key, value))
-        out, lse = _attention(*operands, tile, scale)
+        of_keys = [columns.of(x, keys.start) for x in (key, value)]
+        out, lse = _attention(rows.of(query, queries.start), *of_keys, tile=tile, scale=scale)
         whole, whole_lse = (rows.of(x, queries.start) for x in total)
         merged = torch.logaddexp(whole_lse, lse)
         lowest = merged.clamp_min(torch.finfo(merged.dtype).min)  # of no key, -inf - -inf is nan
@@ -227,14 +227,14 @@ def add_gradients(
         rows, columns = tile.queries, tile.keys
         of_queries = [rows.of(x, queries.start) for x in (gradient, query, out, lse)]
         of_keys = [columns.of(x, keys.start) for x in (key, value)]
-        found = _gradients(*of_queries, *of_keys, tile, scale)
+        found = _gradients(*of_queries, *of_keys, tile=tile, scale=scale)
         rows.of(totals[0], queries.start).add_(found[0])
         for total, own in zip(totals[1:], found[1:], strict=True):
             columns.of(total, keys.start).add_(own)
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, tile: Tile, scale: float
+    query: Tensor, key: Tensor, value: Tensor, *, tile: Tile, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output and log-sum-exp of a tile, both in float32 at least."""
     key, value = (_for_every_head(x, query) for x in (key, value))
@@ -260,6 +260,7 @@ def _gradients(
     lse: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     tile: Tile,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -356,10 +357,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse = ctx.saved_tensors
-    totals = tuple(torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value))
+    of_query, of_key, of_value = (torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value))
     spans = Span(0, query.shape[2]), Span(0, key.shape[2])
-    given = (gradient, query, key, value, out, lse, *spans, ctx.sight, ctx.scale)
-    add_gradients(totals, *given)
+    totals, given = (of_query, of_key, of_value), (gradient, query, key, value, out, lse)
+    add_gradients(totals, *given, *spans, ctx.sight, ctx.scale)
     return *(x.to(query.dtype) for x in totals), *[None] * 5
 
 

@@ -567,11 +567,11 @@ def _attention_forward(
     total = nothing_seen(query, value.shape[-1])
 
     def work(load: Tensors, holder: int) -> Tensors:
-        keys_values = [_heads_first(x) for x in load]
         for queries, rows, keys, columns in here.meetings(holder):
             out, lse = (x[:, :, rows] for x in total)
-            own = (x[:, :, columns] for x in keys_values)
-            add_attention((out, lse), query[:, :, rows], *own, queries, keys, here.sight, scale)
+            key, value = (_heads_first(x)[:, :, columns] for x in load)
+            own = query[:, :, rows], key, value
+            add_attention((out, lse), *own, queries, keys, here.sight, scale)
         return ()
 
     yield from around(seat, tuple(load), here.sizes, work, _added, here.places.reach)
@@ -594,12 +594,13 @@ def _attention_backward(
 
     def work(load: Tensors, holder: int) -> Tensors:
         of_load = tuple(torch.zeros_like(x, dtype=of_query.dtype) for x in load)
-        heads = [_heads_first(x) for x in (*load, *of_load)]
         for queries, rows, keys, columns in here.meetings(holder):
-            key, value, *of_keys = (x[:, :, columns] for x in heads)
+            key, value, of_key, of_value = (
+                _heads_first(x)[:, :, columns] for x in (*load, *of_load)
+            )
             upstream, own, out, lse = (x[:, :, rows] for x in beside)
             given = upstream, own, key, value, out, lse, queries, keys, here.sight, scale
-            add_gradients((of_query[:, :, rows], *of_keys), *given)
+            add_gradients((of_query[:, :, rows], of_key, of_value), *given)
         return of_load
 
     found = yield from around(seat, load, here.sizes, work, _added, here.places.reach)

@@ -850,6 +850,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
         (aten.clone, aten._to_copy, aten.detach, aten.contiguous, aten.copy, aten.lift_fresh_copy),
         pointwise,
     ),
+    **dict.fromkeys((aten.__and__, aten.__or__, aten.__xor__), pointwise),
     aten.where: chosen,
     aten.sum: reduction(summed=True),
     aten.mean: reduction(summed=True, average=True),

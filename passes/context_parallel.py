@@ -93,18 +93,18 @@ def _ring(node: fx.Node) -> None:
     query, key, value = _operands(node)
     key, value = _before_repeats(key, value) or (key, value)
     seen = _seen(node)
-    mask, documents = None, next(iter(seen.documents), None)
+    mask, documents = None, None
     if seen.rest:
-        mask = functools.reduce(lambda a, b: _call(node, aten.bitwise_and.Tensor, a, b), seen.rest)
-        mask = _with_dims(node, mask, 4)
-    if documents is not None:
-        documents = _with_dims(node, documents, 2)
+        both = functools.partial(_call, node, aten.bitwise_and.Tensor)
+        mask = _with_dims(node, functools.reduce(both, seen.rest), 4)
+    if seen.documents:
+        documents = _with_dims(node, seen.documents[0], 2)
     scale = argument(node, 6, "scale") or 1 / math.sqrt(shape(query)[-1])
     given = (query, key, value, mask, documents, seen.left, seen.right, scale)
-    both = _call(node, ops.attention.default, *given)
+    results = _call(node, ops.attention.default, *given)
     with node.graph.inserting_before(node):
-        out = node.graph.call_function(operator.getitem, (both, 0))
-    roles.set_value(out, roles.value(both)[0])
+        out = node.graph.call_function(operator.getitem, (results, 0))
+    roles.set_value(out, roles.value(results)[0])
     roles.copy_role(out, of=node)
     node.replace_all_uses_with(out)
     node.graph.erase_node(node)

@@ -13,18 +13,21 @@ from moptrace.core import Level, Pass, Program
 from moptrace.passes.place import ReplicationWarning
 from moptrace.placement import Layout, Shard, parse_kind
 from moptrace.reshard import reshard
+from moptrace.roles import Component
 
 __all__ = ["report_replicated_tokens"]
 
 aten = torch.ops.aten
+_OF_LOGITS = (Component.VOCAB, Component.LOSS)
 
 
 def report_replicated_tokens(asked: bool = False) -> Pass:
     """Note each module for which tokens are gathered along ``cp`` and that is then computed alike.
 
     A recurrence over tokens is such a module, and so is a convolution that sees later tokens. Keys
-    that are gathered for a rank's own queries are not: there, the work is divided. ``asked`` leaves
-    out attention, for a plan that asks for this.
+    that are gathered for a rank's own queries are not: there, the work is divided. Nor are logits,
+    of which the plan says how many a rank may hold. ``asked`` leaves out attention, for a plan that
+    asks for this.
 
     Requires: a placed program. Ensures: the same program, with a note and a ``ReplicationWarning``
     of the bytes for each module.
@@ -68,7 +71,8 @@ def _alike(graph: fx.Graph, layout: Layout, asked: bool) -> Iterator[tuple[fx.No
             continue
         for user in node.users:
             chosen = asked and user.target is aten.scaled_dot_product_attention.default
-            if user.op == "call_function" and not chosen and not _is_divided(user, layout):
+            chosen |= user.op == "output" or roles.component(user) in _OF_LOGITS
+            if not chosen and not _is_divided(user, layout):
                 yield node, user
                 break
 
