@@ -117,7 +117,7 @@ def _exchange_heads(node: fx.Node, ranks: int) -> None:
         rest = [None, argument(node, 4, "dropout_p", 0.0), True]
         node.kwargs = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
     before = _before_repeats(key, value)
-    apart = before or (key, value)
+    apart: tuple[fx.Node, fx.Node] = before or (key, value)
     groups = shape(apart[0])[HEADS]
     if groups % ranks == 0 and heads % ranks == 0:
         split = [_held_as(node, x, HEADS) for x in apart]

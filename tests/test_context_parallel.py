@@ -394,6 +394,93 @@ def test_attention_by_parts_is_torchs_own() -> None:
         assert attention(q.to("meta"), k.to("meta"), v.to("meta"))[0].shape == want.shape
 
 
+# --- Hugging Face's models ------------------------------------------------------------------------
+
+
+def padded(size: int) -> Tensor:
+    """Padding before some sequences and after others."""
+    mask = torch.ones(size, LENGTH, dtype=torch.int64)
+    mask[1, 6:], mask[2, :3] = 0, 0
+    return mask
+
+
+def of_pairs(size: int, hidden: float | None = None) -> Tensor:
+    """A mask of all pairs of tokens, boolean or added."""
+    seen = torch.ones(size, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    seen[1, :, 5:, :3] = False
+    added = torch.zeros(seen.shape, dtype=torch.float64)
+    return seen if hidden is None else added.masked_fill(~seen, hidden)
+
+
+def positions(size: int) -> Tensor:
+    return packed_positions(size, LENGTH, torch.Generator().manual_seed(2))
+
+
+INPUTS: dict[str, tuple[str, dict[str, Any], Callable[[int], dict[str, Tensor]]]] = {
+    "packed": ("mixtral", {}, lambda n: {"position_ids": positions(n)}),
+    "packed, other heads": ("qwen3_moe", {}, lambda n: {"position_ids": positions(n)}),
+    "packed, products": ("gpt_oss", {}, lambda n: {"position_ids": positions(n)}),
+    "padded": ("mixtral", {}, lambda n: {"attention_mask": padded(n)}),
+    "a window": ("mixtral", {"sliding_window": 3}, lambda n: {}),
+    "packed in a window": (
+        "mixtral",
+        {"sliding_window": 3},
+        lambda n: {"position_ids": positions(n)},
+    ),
+    "pairs": ("mixtral", {}, lambda n: {"attention_mask": of_pairs(n)}),
+    "pairs, added": (
+        "mixtral",
+        {},
+        lambda n: {"attention_mask": of_pairs(n, torch.finfo(torch.float64).min)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_masks_and_positions_of_hugging_face(name: str) -> None:
+    family, changes, extra = INPUTS[name]
+    torch.manual_seed(0)
+    model = models.hugging_face(family, "eager", **changes).double()
+    other = models.hugging_face(family, "grouped_mm", **changes).double()
+    other.load_state_dict(model.state_dict())
+    fed = {**batch(1), **extra(SIZE)}
+    with InFloat64():
+        want, program = eager_step(model, fed), canonical()(trace(other, fed))
+        for how in ("ring", "ulysses", "gather"):
+            for ranks, cp in ((2, 2), (4, 4), (4, 2)):
+                local = sharded(Plan(ep=1, cp=cp, context=how), ranks)(program)
+                assert_same_step(simulated_step(local, whole_state(model), fed), want)
+                if how == "ring" and family != "gpt_oss":
+                    documents = [n.args[4] is not None for n in operators(local, "ring_attention")]
+                    assert documents == ["packed" in name] * 2
+
+
+def test_linear_attention_gathers_its_tokens() -> None:
+    """Qwen3-Next: a convolution that gets the tokens before, a recurrence, and attention."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.Qwen3NextConfig(
+        vocab_size=models.VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, linear_num_value_heads=2, linear_num_key_heads=2,
+        linear_key_head_dim=4, linear_value_head_dim=4, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=8, shared_expert_intermediate_size=8, use_cache=False,
+        layer_types=["linear_attention", "full_attention"], experts_implementation="eager",
+    )  # fmt: skip
+    model = hf.Qwen3NextForCausalLM(config).double()
+    config.experts_implementation = "grouped_mm"
+    other = hf.Qwen3NextForCausalLM(config).double()
+    other.load_state_dict(model.state_dict())
+    fed = batch(1)
+    with InFloat64():
+        want, program = eager_step(model, fed), canonical()(trace(other, fed))
+        for ranks, cp in ((2, 2), (4, 2)):
+            with pytest.warns(ReplicationWarning, match=r"layers\.0\.linear_attn.*along cp.*bytes"):
+                local = sharded(Plan(ep=1, cp=cp, context="ring"), ranks)(program)
+            assert operators(local, "ring_causal_conv1d") and operators(local, "ring_attention")
+            assert_same_step(simulated_step(local, whole_state(model), fed), want)
+
+
 # --- real ranks, and bad input --------------------------------------------------------------------
 
 
@@ -425,6 +512,44 @@ def test_real_ranks_compute_the_same_step(ranks: Callable[[int], Ranks], how: st
     want = eager_step(model, fed)
     plan = Plan(ep=2, cp=2, context=how, logits_bytes=0)
     for loss, gradients in ranks(4)(on_a_rank, "LoopWhere", model.state_dict(), plan, fed):
+        assert_same_step(Step(loss, gradients, {}), want)
+
+
+def attends_on_a_rank(name: str, plan: Plan) -> tuple[Tensor, dict[str, Tensor]]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from moptrace import parallelize
+
+    model, ranks = MODELS[name](), dist.get_world_size()
+    fed = fed_to(model)
+    example = {k: v[: SIZE * plan.cp // ranks] for k, v in fed.items()}
+    example = {k: v[:, : LENGTH // plan.cp] if v.dim() == 2 else v for k, v in example.items()}
+    parallel = parallelize(model, init_device_mesh("cpu", (ranks,)), plan, batch=example)
+    loss = parallel(**parallel.local_batch(fed))
+    loss.backward()
+    found = parallel.full_gradients()
+    return loss.detach(), {n: g for n, g in found.items() if g is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("causal", "ring"),
+        ("a window", "ring"),
+        ("packed documents", "ring"),
+        ("packed documents", "ulysses"),
+        ("an added mask of the batch", "ring"),
+        ("a convolution", "ring"),
+    ],
+)
+@pytest.mark.parametrize(("world", "cp"), [(2, 2), (4, 4)])
+def test_real_ranks_attend_alike(
+    ranks: Callable[[int], Ranks], name: str, how: str, world: int, cp: int
+) -> None:
+    model = MODELS[name]()
+    want = eager_step(model, fed_to(model))
+    for loss, gradients in ranks(world)(attends_on_a_rank, name, Plan(ep=1, cp=cp, context=how)):
         assert_same_step(Step(loss, gradients, {}), want)
 
 
