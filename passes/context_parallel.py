@@ -172,10 +172,10 @@ def _before_repeat(x: fx.Node) -> fx.Node | None:
     while isinstance(wide, fx.Node) and packet(wide) in CASTS:
         wide = wide.args[0]
     apart: Any = wide.args[0] if wide is not None and packet(wide) is aten.expand else None
-    if apart is None or packet(apart) not in RESHAPES:
+    if wide is None or apart is None or packet(apart) not in RESHAPES:
         return None
-    batch, groups, times, *rest = shape(wide)
     source: Any = apart.args[0]
+    batch, groups, times, *rest = shape(wide)
     fits = shape(x) == (batch, groups * times, *rest) and shape(source) == (batch, groups, *rest)
     return source if fits and shape(apart) == (batch, groups, 1, *rest) else None
 
