@@ -448,8 +448,8 @@ Spans: TypeAlias = tuple[Span, ...]
 class _Places:
     """The tokens that each rank has while it attends, in the order in which it has them.
 
-    ``are_exchanged``: whether these are not those that it has outside attention. ``reach``: how many
-    hops on the ring the farthest rank is away that sees some of a rank's keys.
+    ``are_exchanged``: whether these are not those that it has outside attention. ``reach``: how far
+    on the ring the last rank is that sees some of a rank's keys.
     """
 
     spans: tuple[Spans, ...]
