@@ -93,8 +93,8 @@ def travels(rule: Rule, result: Kind, operands: Sequence[Kind]) -> bool:
         return False
     *first, last = rule.together
     pairs = zip(rule.operands, operands, strict=True)
-    needed = any(isinstance(kind, Shard) and dims[kind.dim] == last for dims, kind in pairs)
-    return needed and rule.results[0][result.dim] in first
+    apart = any(isinstance(kind, Shard) and dims[kind.dim] == last for dims, kind in pairs)
+    return (apart or not rule.suffices) and rule.results[0][result.dim] in first
 
 
 def infer(rule: Rule, held: Sequence[Held], parts: int) -> Demand:

@@ -13,8 +13,9 @@ So the simulator runs the very code that real ranks run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
@@ -24,7 +25,8 @@ from torch import Tensor
 
 import moptrace.kernels.vocab_projection  # noqa: F401  registers the operator of one device
 from moptrace.collectives import Communicator
-from moptrace.kernels.attention import merge_attention, part_of_attention, part_of_gradients
+from moptrace.kernels.attention import Sight, Span, add_attention, add_gradients, nothing_seen
+from moptrace.kernels.causal_conv1d import convolve, convolve_backward
 from moptrace.kernels.embedding_rows import sum_by_id
 from moptrace.kernels.linear_cross_entropy import (
     VocabStatistics,
@@ -187,10 +189,10 @@ def _exchanged(requests: Sequence[Exchange]) -> list[tuple[Tensors, Tensors]]:
     return transfers
 
 
-def bytes_sent(journey: Journey) -> int:
-    """The bytes that a rank sends around the ring, by running its coroutine alone on fake tensors.
+def bytes_sent(journey: Journey, at: int = 0) -> int:
+    """The bytes that the ``at``-th rank sends, by running its coroutine alone on fake tensors.
 
-    Requires: no ``Exchange``, whose bytes depend on values: ``Ring.costs`` says what they are then.
+    Requires: no ``Exchange`` of as many rows as values say: ``Ring.costs`` has those bytes.
     """
     total = 0
     try:
@@ -198,6 +200,9 @@ def bytes_sent(journey: Journey) -> int:
             request = next(journey)
             if isinstance(request, Start):
                 total += sum(x.numel() * x.element_size() for x in request.send)
+            elif isinstance(request, Exchange):
+                rows = sum(request.out) - request.out[at]
+                total += rows * request.send[:1].numel() * request.send.element_size()
     except StopIteration:
         return total
 
@@ -249,37 +254,51 @@ def around(
     sizes: Sequence[int],
     work: Callable[[Tensors, int], Tensors],
     join: Callable[[Tensors, Tensors], Tensors],
+    reach: int | None = None,
 ) -> Journey:
     """Take every rank's ``load`` around the ring; return what all ranks made of this one's.
 
-    ``work(load, holder)`` is called on every rank with every rank's load, ``sizes[holder]`` long.
-    What it returns travels on with the load, is combined with the next rank's by ``join``, and is
-    home after the last hop. The next load is on its way while a rank works on this one.
+    ``work(load, holder)`` is called with the load of every rank, ``sizes[holder]`` long; with a
+    ``reach``, on so many ranks after the holder and no others. What it returns travels on with the
+    load, is combined with the next rank's by ``join``, and comes home after the last hop. The next
+    load is on its way while a rank works on this one.
     """
-    cargo: Tensors = ()
+    last = seat.ranks - 1 if reach is None else reach
+    done: Tensors = ()
     moving = None
-    for hop in range(seat.ranks):
-        coming: Tensors = ()
+    for hop in range(last + 1):
+        coming, cargo = load, done
         following = None
-        if hop + 1 < seat.ranks:
+        if hop < last:
             coming = _buffers(load, sizes[seat.holder(hop + 1)])
             following = yield Start(load, coming)
         done = work(load, seat.holder(hop))
         if moving is not None:
             yield Wait(moving)
             done = join(cargo, done)
-        if done and seat.ranks > 1:
+        if done and hop < last:
             done = tuple(x.contiguous() for x in done)
             cargo = _buffers(done, sizes[seat.holder(hop + 1)])
-            moving = yield Start(done, cargo)
-        else:
-            cargo = done
+            moving, done = (yield Start(done, cargo)), cargo
         if following is not None:
             yield Wait(following)
             load = coming
-    if moving is not None:
-        yield Wait(moving)
-    return cargo
+    if not done or not last:
+        return done
+    home = _buffers(done, sizes[seat.at])
+    yield from hand_over(seat, done, seat.holder(last), home, (seat.at + last) % seat.ranks)
+    return home
+
+
+def hand_over(seat: Seat, send: Tensors, to: int, into: Tensors, giver: int) -> Journey:
+    """Give tensors to one rank, and fill buffers with those of the rank that gives to this one."""
+    ranks, transfers = range(seat.ranks), list[Any]()
+    for x, buffer in zip(send, into, strict=True):
+        out = tuple(len(x) * (rank == to) for rank in ranks)
+        back = tuple(len(buffer) * (rank == giver) for rank in ranks)
+        transfers.append((yield Exchange(x.contiguous(), out, buffer, back)))
+    for transfer in transfers:
+        yield Wait(transfer)
 
 
 def _buffers(like: Tensors, length: int) -> Tensors:
@@ -416,7 +435,118 @@ def _given(*tensors: Tensor | None) -> Tensors:
 
 
 # --- attention ------------------------------------------------------------------------------------
-# Queries stay, keys and values travel, as [T, B, h, d]; their gradients come home with them.
+# Queries stay, keys and values travel, as [T, B, h, d]; their gradients come home with them. Where
+# attention is causal the last rank would have most to do and the first the least, and all would
+# wait for the last. There, ranks first exchange the second halves of their tokens, the first rank
+# with the last and so on (zig-zag), and bring the results back.
+
+
+Spans: TypeAlias = tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """The tokens that each rank has while it attends, in the order in which it has them.
+
+    ``are_exchanged``: whether these are not those that it has outside attention. ``reach``: how far
+    on the ring the last rank is that sees some of a rank's keys.
+    """
+
+    spans: tuple[Spans, ...]
+    are_exchanged: bool
+    reach: int
+
+
+@cache
+def _places(sizes: Sequence[int], window: Sight, fixed: bool) -> _Places:
+    """Where attention in a window happens; halves are exchanged where that saves a tenth.
+
+    ``fixed`` tokens stay where they are: a mask lies with its queries.
+    """
+    spans: tuple[Spans, ...] = tuple(
+        (Span(stop - n, stop),) for n, stop in zip(sizes, accumulate(sizes), strict=True)
+    )
+    if not fixed and len(set(sizes)) == 1:
+        halves = [_halves(span) for (span,) in spans]
+        mirrored = tuple((a, b) for (a, _), (_, b) in zip(halves, halves[::-1], strict=True))
+        if 1.1 * _most_work(mirrored, window) < _most_work(spans, window):
+            return _Places(mirrored, True, _reach(mirrored, window))
+    return _Places(spans, False, _reach(spans, window))
+
+
+def _halves(span: Span) -> tuple[Span, Span]:
+    """The first is the longer one."""
+    middle = span.start + -(-span.length // 2)
+    return Span(span.start, middle), Span(middle, span.stop)
+
+
+def _most_work(spans: Sequence[Spans], window: Sight) -> int:
+    """The scores of the busiest rank, if each query of a span has as many as its middle one."""
+    every = Span(0, max(span.stop for own in spans for span in own))
+
+    def scores(span: Span) -> int:
+        middle = (span.start + span.stop) // 2
+        return span.length * window.keys_of(Span(middle, middle + 1), every).length
+
+    return max(sum(map(scores, own)) for own in spans)
+
+
+def _reach(spans: Sequence[Spans], window: Sight) -> int:
+    hops = [
+        (rank - holder) % len(spans)
+        for rank, own in enumerate(spans)
+        for holder, others in enumerate(spans)
+        if any(window.keys_of(queries, keys).length for queries in own for keys in others)
+    ]
+    return max(hops, default=0)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One rank's part of attention: what its queries see, and the sizes of all ranks' parts."""
+
+    seat: Seat
+    sizes: tuple[int, ...]
+    sight: Sight
+    scale: float
+
+    @classmethod
+    def of(cls, seat: Seat, tokens: int, sight: Sight, scale: float) -> _Attention:
+        sizes = tuple(seat.sizes_of(tokens))
+        return cls(seat, sizes, replace(sight, first=sum(sizes[: seat.at])), scale)
+
+    @property
+    def places(self) -> _Places:
+        mask, window = self.sight.mask, Sight(self.sight.left, self.sight.right)
+        return _places(self.sizes, window, mask is not None and mask.shape[2] > 1)
+
+    def meetings(self, holder: int) -> Iterator[tuple[Span, slice, Span, slice]]:
+        """Queries of this rank with keys of ``holder``, and where these are held."""
+        spans = self.places.spans
+        for queries, rows in _held(spans[self.seat.at]):
+            for keys, columns in _held(spans[holder]):
+                yield queries, rows, keys, columns
+
+    def exchanged(self, *tensors: Tensor) -> Journey:
+        """Tensors ``[T, ...]`` of this rank's tokens as those that it attends with, or back."""
+        if not self.places.are_exchanged:
+            return tensors
+        kept = self.places.spans[self.seat.at][0].length
+        mirror = self.seat.ranks - 1 - self.seat.at
+        found = tuple(torch.empty_like(x) for x in tensors)
+        for x, new in zip(tensors, found, strict=True):
+            new[:kept] = x[:kept]
+        moved = tuple(x[kept:] for x in tensors)
+        yield from hand_over(self.seat, moved, mirror, tuple(x[kept:] for x in found), mirror)
+        return found
+
+
+def _held(spans: Spans) -> Iterator[tuple[Span, slice]]:
+    """Each of the spans and where it is held, one after the other."""
+    start = 0
+    for span in spans:
+        yield span, slice(start, start + span.length)
+        start += span.length
 
 
 def _attention_forward(
@@ -424,24 +554,29 @@ def _attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    is_causal: bool,
+    mask: Tensor | None,
+    documents: Tensor | None,
+    left: int | None,
+    right: int | None,
     scale: float,
     tokens: int,
 ) -> Journey:
-    total: tuple[Tensor, Tensor] | None = None
+    here = _Attention.of(seat, tokens, Sight(left, right, mask, documents), scale)
+    query, *load = yield from here.exchanged(*_tokens_first(query, key, value))
+    query = _heads_first(query)
+    total = nothing_seen(query, value.shape[-1])
 
     def work(load: Tensors, holder: int) -> Tensors:
-        nonlocal total
-        if not (is_causal and holder > seat.at):  # later tokens are not attended to
-            keys, values = (x.movedim(0, 2) for x in load)
-            own = part_of_attention(query, keys, values, is_causal and holder == seat.at, scale)
-            total = merge_attention(total, own) if total else own
+        for queries, rows, keys, columns in here.meetings(holder):
+            out, lse = (x[:, :, rows] for x in total)
+            key, value = (_heads_first(x)[:, :, columns] for x in load)
+            own = query[:, :, rows], key, value
+            add_attention((out, lse), *own, queries, keys, here.sight, scale)
         return ()
 
-    yield from around(seat, _tokens_first(key, value), seat.sizes_of(tokens), work, _added)
-    assert total is not None, "every rank attends to its own tokens"
-    out, lse = total
-    return out.to(query.dtype), lse
+    yield from around(seat, tuple(load), here.sizes, work, _added, here.places.reach)
+    out, lse = yield from here.exchanged(*_tokens_first(total[0].to(query.dtype), total[1]))
+    return _heads_first(out), _heads_first(lse)
 
 
 def _attention_backward(
@@ -450,28 +585,84 @@ def _attention_backward(
     results: Tensors,
     gradients: Sequence[Tensor | None],
 ) -> Journey:
-    query, key, value, is_causal, scale, tokens = arguments
-    out, lse = results
-    gradient = torch.zeros_like(out) if gradients[0] is None else gradients[0].contiguous()
-    of_query = torch.zeros_like(query, dtype=lse.dtype)
+    query, key, value, mask, documents, left, right, scale, tokens = arguments
+    here = _Attention.of(seat, tokens, Sight(left, right, mask, documents), scale)
+    gradient = torch.zeros_like(results[0]) if gradients[0] is None else gradients[0]
+    moved = yield from here.exchanged(*_tokens_first(key, value, gradient, query, *results))
+    load, beside = moved[:2], tuple(_heads_first(x) for x in moved[2:])
+    of_query = torch.zeros_like(beside[1], dtype=results[1].dtype)
 
     def work(load: Tensors, holder: int) -> Tensors:
-        if is_causal and holder > seat.at:
-            return tuple(torch.zeros_like(x, dtype=lse.dtype) for x in load)
-        keys, values = (x.movedim(0, 2) for x in load)
-        same = is_causal and holder == seat.at
-        own, *of_load = part_of_gradients(gradient, query, keys, values, out, lse, same, scale)
-        of_query.add_(own)
-        return _tokens_first(*of_load)
+        of_load = tuple(torch.zeros_like(x, dtype=of_query.dtype) for x in load)
+        for queries, rows, keys, columns in here.meetings(holder):
+            key, value, of_key, of_value = (
+                _heads_first(x)[:, :, columns] for x in (*load, *of_load)
+            )
+            upstream, own, out, lse = (x[:, :, rows] for x in beside)
+            given = upstream, own, key, value, out, lse, queries, keys, here.sight, scale
+            add_gradients((of_query[:, :, rows], of_key, of_value), *given)
+        return of_load
 
-    load = _tokens_first(key, value)
-    found = yield from around(seat, load, seat.sizes_of(tokens), work, _added)
-    of_key, of_value = (x.movedim(0, 2).to(key.dtype) for x in found)
-    return of_query.to(query.dtype), of_key, of_value
+    found = yield from around(seat, load, here.sizes, work, _added, here.places.reach)
+    home = [x.to(query.dtype) for x in (*_tokens_first(of_query), *found)]
+    of_query, of_key, of_value = map(_heads_first, (yield from here.exchanged(*home)))
+    return of_query, of_key, of_value, None, None
 
 
 def _tokens_first(*tensors: Tensor) -> Tensors:
     return tuple(x.movedim(2, 0).contiguous() for x in tensors)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.movedim(0, 2)
+
+
+# --- convolutions over tokens ---------------------------------------------------------------------
+# A kernel reaches back to a few tokens of the rank before; their gradients go back there.
+
+
+def _convolution_forward(
+    seat: Seat,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    groups: int,
+    tokens: int,
+) -> Journey:
+    before = yield from _tokens_before(seat, x, (weight.shape[-1] - 1) * dilation)
+    return (convolve(before, x, weight, bias, dilation, groups),)
+
+
+def _convolution_backward(
+    seat: Seat,
+    arguments: tuple[Any, ...],
+    results: Tensors,
+    gradients: Sequence[Tensor | None],
+) -> Journey:
+    x, weight, bias, dilation, groups, _ = arguments
+    before = yield from _tokens_before(seat, x, (weight.shape[-1] - 1) * dilation)
+    assert gradients[0] is not None, "the only result has a gradient"
+    of_before, of_x, of_weight, of_bias = convolve_backward(
+        gradients[0], before, x, weight, bias, dilation, groups
+    )
+    own = of_before.movedim(2, 0)[: 0 if seat.at == 0 else None]
+    of_x, reach = of_x.clone(), before.shape[-1]
+    theirs = own.new_empty(0 if seat.at + 1 == seat.ranks else reach, *own.shape[1:])
+    previous, following = ((seat.at + d) % seat.ranks for d in (-1, 1))
+    yield from hand_over(seat, (own,), previous, (theirs,), following)
+    of_x[..., x.shape[-1] - len(theirs) :] += theirs.movedim(0, 2)
+    return of_x, of_weight, of_bias
+
+
+def _tokens_before(seat: Seat, x: Tensor, reach: int) -> Journey:
+    """The last tokens [B, C, reach] of the rank before; zeros before the first."""
+    last = x[..., x.shape[-1] - reach :].movedim(2, 0)
+    before = torch.zeros_like(last, memory_format=torch.contiguous_format)
+    send = last[: 0 if seat.at + 1 == seat.ranks else None].contiguous()
+    into = before[: 0 if seat.at == 0 else None]
+    yield Wait((yield Start((send,), (into,))))
+    return before.movedim(0, 2)
 
 
 # --- the embedding --------------------------------------------------------------------------------
@@ -577,12 +768,21 @@ def _embedding_costs(
 _RINGS = (
     Ring(
         "ring_attention",
-        "(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, int tokens, "
-        "str axis) -> (Tensor, Tensor)",
+        "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? documents, int? left, "
+        "int? right, float scale, int tokens, str axis) -> (Tensor, Tensor)",
         torch.ops.moptrace.attention.default,
         lambda query, *_: (query.shape[2],),
         _attention_forward,
         _attention_backward,
+    ),
+    Ring(
+        "ring_causal_conv1d",
+        "(Tensor x, Tensor weight, Tensor? bias, int dilation, int groups, int tokens, str axis) "
+        "-> Tensor",
+        torch.ops.moptrace.causal_conv1d.default,
+        lambda x, *_: (x.shape[2],),
+        _convolution_forward,
+        _convolution_backward,
     ),
     Ring(
         "ring_vocab_projection",

@@ -518,6 +518,11 @@ def matmul(node: fx.Node) -> Rule:
     return spelled("...mk, ...kn -> ...mn", {0, 1})(node)
 
 
+def solve_triangular(node: fx.Node) -> Rule | None:
+    """Each column of the right side is solved for by itself."""
+    return spelled("...NK, ...Km -> ...Nm", {1})(node) if argument(node, 3, "left", True) else None
+
+
 def addmm(node: fx.Node) -> Rule:
     bias, result = _shape(operands(node)[0]), roles.tensor(node).shape
     ins = (_broadcast(bias, result, ("m", "n")), ("m", "k"), ("k", "n"))
@@ -538,7 +543,30 @@ def einsum(node: fx.Node) -> Rule | None:
 
 def attention(node: fx.Node) -> Rule:
     """Batch and heads can be split; positions must be whole (ring and Ulysses rewrite that)."""
+    return _attention(node, "S", operands(node)[3:])
+
+
+def ring_attention(node: fx.Node) -> Rule:
+    """As attention; and where lengths agree, queries and keys are split together."""
+    mask, documents = (argument(node, at, "") for at in (3, 4))
     query, key, *_ = operands(node)
+    meet = _shape(query)[-2] == _shape(key)[-2]
+    tokens = "s" if meet else "S"
+    rule = _attention(node, tokens, [mask] if mask is not None else [])
+    ins = list(rule.operands)
+    if documents is not None:
+        ins.append((ins[0][0] if _shape(documents)[0] > 1 else None, "D"))
+    results = (rule.results[0], rule.results[0][:-1])
+    if not meet:
+        return Rule(tuple(ins), results, quantum=rule.quantum)
+    named = [tuple("t" if d == "T" else d for d in dims) for dims in ins[1:3]]
+    ins = (ins[0], *named, *ins[3:])
+    return Rule(ins, results, whole=frozenset({"t"}), together=("s", "t"), quantum=rule.quantum)
+
+
+def _attention(node: fx.Node, tokens: str, masks: Sequence[fx.Node]) -> Rule:
+    """Attention of ``tokens`` to whole keys ``T``."""
+    query, key = operands(node)[:2]
     lead = _dims("b", len(_shape(query)) - 2)
     kv_lead, sizes = lead, dict[str, int]()
     if lead and _shape(query)[-3] != _shape(key)[-3]:  # each head of keys serves several queries'
@@ -546,27 +574,11 @@ def attention(node: fx.Node) -> Rule:
         sizes = {"g": groups, "r": _shape(query)[-3] // groups}
         kv_lead = (*lead[:-1], "g")
         lead = (*lead[:-1], "g.r")
-    ins: list[Dims] = [(*lead, "S", "E"), (*kv_lead, "T", "E"), (*kv_lead, "T", "F")]
-    out = (*lead, "S", "F")
-    scores = (*lead, "S", "T")
+    ins: list[Dims] = [(*lead, tokens, "E"), (*kv_lead, "T", "E"), (*kv_lead, "T", "F")]
     result = next(r for r in results(node) if r is not None).shape
-    ins += [_broadcast(_shape(mask), result, scores) for mask in operands(node)[3:]]
-    return Rule(tuple(ins), (out,), quantum=sizes)
-
-
-def ring_attention(node: fx.Node) -> Rule:
-    """As attention, and queries and keys are split together, where their lengths agree."""
-    query, key, _ = operands(node)
-    whole = attention(node)
-    if _shape(query)[-2] != _shape(key)[-2]:
-        lse = whole.results[0][:-1]
-        return Rule(whole.operands, (*whole.results, lse), quantum=whole.quantum)
-    named = {"S": "s", "T": "t"}
-    ins = tuple(tuple(named.get(d or "", d) for d in dims) for dims in whole.operands)
-    out = tuple(named.get(d or "", d) for d in whole.results[0])
-    return Rule(
-        ins, (out, out[:-1]), whole=frozenset({"t"}), together=("s", "t"), quantum=whole.quantum
-    )
+    scores = (*result[:-1], _shape(key)[-2])
+    ins += [_broadcast(_shape(mask), scores, (*lead, tokens, "T")) for mask in masks]
+    return Rule(tuple(ins), ((*lead, tokens, "F"),), quantum=sizes)
 
 
 def convolution(node: fx.Node) -> Rule | None:
@@ -578,6 +590,13 @@ def convolution(node: fx.Node) -> Rule | None:
     ins: list[Dims] = [("n", "C", *positions), ("O", "I", *(f"K{i}" for i in range(space)))]
     ins += [("O",)] * (len(xs) - 2)
     return Rule(tuple(ins), (("n", "O", *(f"P{i}" for i in range(space))),))
+
+
+def causal_conv1d(node: fx.Node) -> Rule:
+    """As convolution; and tokens may be split, for a rank gets those that it lacks (``s``)."""
+    bias = [("O",)] if node.args[2] is not None else []
+    ins: list[Dims] = [("n", "C", "s"), ("O", "I", "K"), *bias]
+    return Rule(tuple(ins), (("n", "O", "s"),), whole=frozenset({"t"}), together=("s", "t"))
 
 
 # --- normalisation, softmax, selection ------------------------------------------------------------
@@ -835,6 +854,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
         (aten.clone, aten._to_copy, aten.detach, aten.contiguous, aten.copy, aten.lift_fresh_copy),
         pointwise,
     ),
+    **dict.fromkeys((aten.__and__, aten.__or__, aten.__xor__), pointwise),
     aten.where: chosen,
     aten.sum: reduction(summed=True),
     aten.mean: reduction(summed=True, average=True),
@@ -855,6 +875,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     **dict.fromkeys((aten.var, aten.std), reduction(summed=False)),
     **dict.fromkeys((aten.linalg_vector_norm, aten.norm), reduction(summed=False)),
     aten.cumsum: along_dim(1),
+    aten.diff: along_dim(2, -1, linear=False),
     **dict.fromkeys((aten.cumprod, aten.logcumsumexp), along_dim(1, linear=False)),
     **dict.fromkeys((aten.histc, aten.bincount), histogram),
     aten.linear: linear,
@@ -865,6 +886,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
     aten.dot: spelled("k, k -> ", {0, 1}),
     aten.outer: spelled("m, n -> mn", {0, 1}),
     aten.addmm: addmm,
+    aten.linalg_solve_triangular: solve_triangular,
     aten.einsum: einsum,
     aten.scaled_dot_product_attention: attention,
     **dict.fromkeys((aten.conv1d, aten.conv2d, aten.convolution), convolution),
@@ -922,6 +944,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
 
 def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
     import moptrace.kernels.attention
+    import moptrace.kernels.causal_conv1d
     import moptrace.kernels.embedding_rows
     import moptrace.kernels.grouped_mm
     import moptrace.kernels.routing
@@ -935,6 +958,7 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
         ops.expert_rows: expert_rows,
         ops.combine: combine,
         ops.attention: ring_attention,
+        ops.causal_conv1d: causal_conv1d,
         ops.vocab_projection: vocab_projection,
         ops.embedding_rows: embedding_rows,
         ops.kept_tokens: _same,

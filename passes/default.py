@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from moptrace.core import Pass, chain
 from moptrace.passes.bucket_gathers import bucket_gathers
+from moptrace.passes.causal_convolutions import causal_convolutions
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
@@ -14,6 +15,7 @@ from moptrace.passes.localize import localize
 from moptrace.passes.normalize_losses import normalize_losses
 from moptrace.passes.place import place
 from moptrace.passes.raise_experts import raise_experts
+from moptrace.passes.replicated_tokens import report_replicated_tokens
 from moptrace.passes.shard_parameters import shard_batch, shard_parameters
 from moptrace.passes.tensor_parallel import tensor_parallel
 from moptrace.passes.vocabulary_parallel import vocabulary_parallel
@@ -52,12 +54,14 @@ def sharded(
     return chain(
         tensor_parallel(layout),
         context_parallel(layout, plan.context),
+        causal_convolutions(layout),
         fuse_vocabulary(plan.logits_bytes * world_size, keep_logits or plan.keep_logits),
         fuse_embedding(world_size, plan.embedding_bytes),
         vocabulary_parallel(layout),
         shard_parameters(layout, plan.edp, stored),
         shard_batch(layout),
         place(),
+        report_replicated_tokens(asked=plan.context == "gather"),
         localize(),
         bucket_gathers(),
         name="sharded",

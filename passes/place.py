@@ -77,10 +77,7 @@ def place() -> Pass:
     )
 
 
-_FILLS = {
-    *(aten.zeros, aten.ones, aten.full, aten.empty),
-    *(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
-}
+_FILLS = {aten.zeros, aten.ones, aten.full, aten.empty}
 _REARRANGES = {
     aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
 }  # fmt: skip

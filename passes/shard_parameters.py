@@ -148,9 +148,10 @@ def _origins(node: Any, dim: int) -> Iterator[tuple[fx.Node, int]]:
 def shard_batch(layout: Layout) -> Pass:
     """Split the batch: sequences over ``dp``, and the tokens of each over ``cp`` and ``tp``.
 
-    The batch size is dimension 0 of the batch's first tensor with two dimensions or more (else of
-    the first with one), and the length is its dimension 1. Every input with that dimension 0 is
-    split there, and every one with that dimension 1 there; the others are held alike (scalars).
+    The batch size is dimension 0 of the batch's first tensor with two or three dimensions (else of
+    the first with more, or with one), and the length is its dimension 1. Every input with that
+    dimension 0 is split there, and every one with that dimension 1 there; the others are held alike
+    (scalars, and the pairs of tokens of a mask).
     Requires: the ranks divide these sizes.
     """
 
@@ -198,11 +199,13 @@ def batch_sizes(shapes: Sequence[tuple[int, ...]]) -> tuple[int | None, int | No
 
     >>> batch_sizes([(), (1, 128), (4, 128)]), batch_sizes([(16,)]), batch_sizes([()])
     ((1, 128), (16, None), (None, None))
+    >>> batch_sizes([(4, 1, 128, 128), (4, 128)])
+    (4, 128)
     """
-    for rank in (2, 1):
+    for ranks in ((2, 3), (4, 5), (1,)):  # a mask of pairs of tokens comes last
         for shape in shapes:
-            if len(shape) >= rank:
-                return shape[0], shape[1] if rank == 2 else None
+            if len(shape) in ranks:
+                return shape[0], shape[1] if len(shape) > 1 else None
     return None, None
 
 

@@ -297,7 +297,8 @@ def _split_of_tokens(shape: tuple[int, ...], batch: tuple[int | None, int | None
 def _repeat_few_heads(node: fx.Node, ranks: int) -> None:
     """Give each head its own keys where there are too few heads of keys to split."""
     query, key, value, *rest = node.args
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
     if len(shape(query)) != 4:
         return
     heads, groups = shape(query)[HEADS], shape(key)[HEADS]

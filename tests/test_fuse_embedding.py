@@ -105,6 +105,7 @@ def test_the_padding_has_no_gradient(padding: int) -> None:
     assert not gradient[padding].any()
 
 
+@pytest.mark.filterwarnings("ignore::moptrace.passes.place.ReplicationWarning")  # cumsum
 @pytest.mark.parametrize("cp", [2, 4])
 def test_context_parallel_ranks(cp: int) -> None:
     assert_fetched_and_same(Words(tied=True), 4, cp=cp)
@@ -126,6 +127,7 @@ def test_a_frozen_weight() -> None:
     assert_fetched_and_same(model, 3)
 
 
+@pytest.mark.filterwarnings("ignore::moptrace.passes.place.ReplicationWarning")  # cumsum
 def test_positions_that_all_ranks_share_are_gathered() -> None:
     class Positions(Words):
         def __init__(self) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gloo import Ranks
-from moptrace import Layout
+from moptrace import Layout, rings
 from moptrace.collectives import Communicator
+from moptrace.kernels import attention as attention_kernel
 from moptrace.kernels.embedding_rows import embedding_rows
 from moptrace.kernels.vocab_projection import vocab_projection
 from moptrace.rings import RINGS, Exchange, Seat, Start, Wait, bytes_sent, drive_together
@@ -288,3 +291,248 @@ def test_ranks_that_disagree_about_the_rows_are_an_error_and_not_a_hang() -> Non
 
     with pytest.raises(RuntimeError, match="disagree about how many rows"):
         drive_together([sends(1, 1), sends(2, 1)])
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+ATTENTION = torch.ops.moptrace.attention.default
+WINDOWS = ((None, None), (None, 0), (2, 0), (0, 0), (1, 1), (6, 0))
+
+
+@dataclass(frozen=True)
+class Attends:
+    """Attention of a window, on sequences of one length, perhaps with documents and a mask."""
+
+    tokens: int
+    window: tuple[int | None, int | None] = (None, 0)
+    documents: bool = False
+    mask: str = ""  # "rows" for each query, or "padding" for all alike
+    groups: int = 2
+
+    def operands(self) -> list[Any]:
+        """Query, key, value, mask, documents, and then the options."""
+        generator = torch.Generator().manual_seed(self.tokens)
+
+        def draw(heads: int) -> Tensor:
+            shape = (2, heads, self.tokens, 3)
+            return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+        shape = {"rows": (2, 1, self.tokens, self.tokens), "padding": (2, 1, 1, self.tokens)}
+        mask = None
+        if self.mask:
+            mask = torch.rand(shape[self.mask], generator=generator) > 0.3
+        starts = torch.rand(2, self.tokens, generator=generator) > 0.7
+        documents = starts.cumsum(1) if self.documents else None
+        return [draw(4), draw(self.groups), draw(self.groups), mask, documents, *self.window, 0.4]
+
+    def one_device(self) -> tuple[list[Tensor], list[Tensor]]:
+        given = self.operands()
+        results = ATTENTION(*given)
+        (results[0] * self.upstream()).sum().backward()
+        return [x.detach() for x in results], [x.grad for x in given[:3]]
+
+    def upstream(self) -> Tensor:
+        return torch.arange(24 * self.tokens, dtype=torch.float64).sin().view(2, 4, -1, 3)
+
+    def parts(self, ranks: int) -> list[list[Any]]:
+        """The operands of each rank; a mask lies with its queries."""
+        sizes = list(Layout.of(ranks).sizes(self.tokens, "dp"))
+        *tensors, mask, documents, left, right, scale = self.operands()
+        cut = [x.detach().split(sizes, 2) for x in tensors]
+        masks = mask.split(sizes, 2) if self.mask == "rows" else [mask] * ranks
+        beside = (documents, left, right, scale, self.tokens)
+        return [[*own, m, *beside] for *own, m in zip(*cut, masks, strict=True)]
+
+
+def seats(ranks: int) -> list[Seat]:
+    return [Seat.seen_by(Communicator(Layout.of(ranks), rank), "dp") for rank in range(ranks)]
+
+
+def joined(have: list[tuple[Tensor | None, ...]], want: list[Tensor]) -> None:
+    """The ranks' tokens, one after the other, are those of one device."""
+    for pieces, whole in zip(zip(*have, strict=True), want, strict=False):
+        torch.testing.assert_close(torch.cat(pieces, 2), whole, rtol=1e-12, atol=1e-12)  # type: ignore
+
+
+@given(
+    ranks=st.integers(1, 5),
+    case=st.builds(
+        Attends,
+        tokens=st.integers(1, 21),
+        window=st.sampled_from(WINDOWS),
+        documents=st.booleans(),
+        mask=st.sampled_from(("", "rows", "padding")),
+        groups=st.sampled_from((1, 2, 4)),
+    ),
+)
+def test_attention_around_a_ring_is_that_of_one_device(ranks: int, case: Attends) -> None:
+    want, want_gradients = case.one_device()
+    row, owns = RINGS[ATTENTION], case.parts(ranks)
+    upstream = case.upstream().split(list(Layout.of(ranks).sizes(case.tokens, "dp")), 2)
+    with torch.no_grad():
+        pairs = list(zip(seats(ranks), owns, strict=True))
+        results = drive_together([row.forward(seat, *own) for seat, own in pairs])
+        joined(results, want)
+        every = zip(pairs, results, upstream, strict=True)
+        found = drive_together(
+            [row.backward(seat, own, kept, (up, None)) for (seat, own), kept, up in every]
+        )
+    joined([own[:3] for own in found], want_gradients)
+
+
+def attends_on_a_rank(case: Attends) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    import torch.distributed as dist
+
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    sizes = list(Layout.of(ranks).sizes(case.tokens, "dp"))
+    *operands, tokens = case.parts(ranks)[rank]
+    leaves = [x.contiguous().requires_grad_() for x in operands[:3]]
+    with Communicator.connect(Layout.of(ranks), range(ranks)):
+        out, lse = RINGS[ATTENTION].op(*leaves, *operands[3:], tokens, "dp")
+        (out * case.upstream().split(sizes, 2)[rank]).sum().backward()
+    return (out.detach(), lse), tuple(x.grad for x in leaves if x.grad is not None)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Attends(16),
+        Attends(13),
+        Attends(16, documents=True),
+        Attends(16, (3, 0), mask="padding"),
+        Attends(16, (None, None), mask="rows"),
+    ],
+    ids=str,
+)
+def test_real_ranks_attend_as_one_device(
+    ranks: Callable[[int], Ranks], world: int, case: Attends
+) -> None:
+    want, want_gradients = case.one_device()
+    answers = ranks(world)(attends_on_a_rank, case)
+    joined([results for results, _ in answers], want)
+    joined([gradients for _, gradients in answers], want_gradients)
+
+
+class Watch:
+    """Counts the scores that each rank computes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.scores: dict[int, list[float]] = {}
+        self.rank = 0
+        tiles = attention_kernel.Sight.tiles
+
+        def counted(sight: Any, *args: Any) -> Any:
+            for tile in tiles(sight, *args):
+                share = 0.5 if tile.is_causal else 1.0
+                self.scores[self.rank][-1] += share * tile.queries.length * tile.keys.length
+                yield tile
+
+        monkeypatch.setattr(attention_kernel.Sight, "tiles", counted)
+
+    def run(self, journeys: list[Any]) -> None:
+        """Run each rank alone; ``scores[rank]`` are those between one transfer and the next."""
+        for rank, journey in enumerate(journeys):
+            self.rank, self.scores[rank] = rank, [0.0]
+            for _ in journey:
+                self.scores[rank].append(0.0)
+
+    def totals(self) -> list[float]:
+        return [sum(own) for own in self.scores.values()]
+
+
+def imbalance(work: list[float]) -> float:
+    return max(work) * len(work) / sum(work)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_ranks_of_a_causal_ring_compute_equally_many_scores(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank keeps the first half of its tokens and exchanges the second with its mirror image."""
+    case, row = Attends(16 * ranks), RINGS[ATTENTION]
+    watch, owns = Watch(monkeypatch), case.parts(ranks)
+    results = [(own[0], own[0][..., 0]) for own in owns]
+    pairs = list(zip(seats(ranks), owns, strict=True))
+    with torch.no_grad():
+        for journeys in (
+            [row.forward(seat, *own) for seat, own in pairs],
+            [
+                row.backward(seat, tuple(own), kept, (None, None))
+                for (seat, own), kept in zip(pairs, results, strict=True)
+            ],
+        ):
+            watch.run(journeys)
+            assert imbalance(watch.totals()) <= 1.1
+            hops = zip(*watch.scores.values(), strict=True)
+            assert all(imbalance(list(hop)) <= 1.1 for hop in hops if any(hop))  # none waits
+        monkeypatch.setattr(rings, "_most_work", lambda *_: 1)  # nothing to gain: as they are
+        rings._places.cache_clear()
+        watch.run([row.forward(seat, *own) for seat, own in pairs])
+        rings._places.cache_clear()
+    assert imbalance(watch.totals()) >= 1.4
+
+
+@pytest.mark.parametrize(
+    ("case", "hops", "halves"),
+    [
+        (Attends(32), 3, 1),
+        (Attends(32, (None, None)), 3, 0),
+        (Attends(32, (8, 0)), 1, 0),  # eight tokens on a rank: its own and those of the one before
+        (Attends(32, (9, 0)), 2, 0),
+        (Attends(32, (0, 0)), 0, 0),
+        (Attends(32, mask="rows"), 3, 0),
+    ],
+    ids=str,
+)
+def test_keys_travel_as_far_as_they_are_seen(case: Attends, hops: int, halves: int) -> None:
+    owns, row = case.parts(4), RINGS[ATTENTION]
+    with torch.no_grad():
+        sent = bytes_sent(row.forward(seats(4)[0], *owns[0]))
+    query, key, value, float_ = *owns[0][:3], 8
+    both = key.numel() + value.numel()
+    exchanged = query.numel() * 2 + both + query[..., 0].numel()  # there, and the results back
+    assert sent == float_ * (hops * both + halves * exchanged // 2)
+
+
+# --- convolutions ---------------------------------------------------------------------------------
+
+CONVOLUTION = torch.ops.moptrace.causal_conv1d.default
+
+
+def filtered(tokens: int, bias: bool) -> list[Any]:
+    """Two sequences of four channels, a filter of three tokens in two groups, dilated."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    return [draw(2, 4, tokens), draw(6, 2, 3), draw(6) if bias else None, 2, 2]
+
+
+@given(ranks=st.integers(1, 4), each=st.integers(4, 7), bias=st.booleans())
+def test_a_convolution_gets_the_tokens_before(ranks: int, each: int, bias: bool) -> None:
+    given = filtered(ranks * each, bias)
+    want = CONVOLUTION(*given)
+    eager = F.conv1d(F.pad(given[0], (4, 0)), *given[1:3], dilation=2, groups=2)
+    torch.testing.assert_close(want, eager, rtol=1e-12, atol=1e-12)
+    upstream = torch.arange(want.numel(), dtype=torch.float64).sin().view_as(want)
+    (want * upstream).sum().backward()
+    row = RINGS[CONVOLUTION]
+    owns = [
+        (x, *(None if y is None else y.detach() for y in given[1:3]), 2, 2, ranks * each)
+        for x in given[0].detach().split(each, 2)
+    ]
+    with torch.no_grad():
+        pairs = list(zip(seats(ranks), owns, strict=True))
+        results = drive_together([row.forward(seat, *own) for seat, own in pairs])
+        torch.testing.assert_close(torch.cat([y for (y,) in results], 2), want)
+        every = zip(pairs, results, upstream.split(each, 2), strict=True)
+        found = drive_together(
+            [row.backward(seat, own, kept, (up,)) for (seat, own), kept, up in every]
+        )
+    of_x, of_weight, of_bias = zip(*found, strict=True)
+    torch.testing.assert_close(torch.cat(of_x, 2), given[0].grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sum(of_weight), given[1].grad, rtol=1e-12, atol=1e-12)
+    if bias:
+        torch.testing.assert_close(sum(of_bias), given[2].grad, rtol=1e-12, atol=1e-12)
