@@ -110,14 +110,15 @@ class Output:
     """A graph output: a tensor that the model returns, a gradient, or a new value.
 
     ``buffer`` is the fully qualified name of the buffer whose new value this is, ``gradient`` that
-    of the parameter whose gradient it is, and ``updates`` the name of the graph input, a parameter
-    or a state, that it replaces after the step. All are None for a returned tensor, and for a state
-    that the optimizer makes in its first step.
+    of the parameter whose gradient it is, and ``state_of`` that of the parameter to whose optimizer
+    state it belongs. ``updates`` is the name of the graph input that it replaces after the step:
+    None for a returned tensor, and for a state that the optimizer makes in its first step.
     """
 
     path: str
     buffer: str | None = None
     gradient: str | None = None
+    state_of: str | None = None
     updates: str | None = None
 
 

@@ -93,9 +93,9 @@ def record(
 ) -> Recording:
     """The graph of ``function(tape, **examples, **constants)``, which returns tensors.
 
-    ``examples`` may be real, meta or fake: only shape, dtype and ``requires_grad`` are read, and
-    the recording is as on ``device``. Each becomes a graph input of its name, in order; a constant
-    becomes an attribute. Sizes that depend on data are symbols; Python numbers that are read from
+    ``examples`` may be real, meta or fake: only shape, dtype, device and ``requires_grad`` are
+    read; meta tensors and constants are recorded as on ``device``. Each becomes a graph input of
+    its name, in order; a constant becomes an attribute. Sizes that depend on data are symbols; Python numbers that are read from
     tensors (``x.item()``) are nodes too. Raises what the function raises: among others
     ``GuardOnDataDependentSymNode`` where it branches on data.
     """
@@ -104,8 +104,13 @@ def record(
     given = {**examples, **constants}
     with mode:
         fakes = [
-            torch.empty(x.shape, dtype=x.dtype, device=device, requires_grad=x.requires_grad)
-            for x in given.values()
+            torch.empty(
+                x.shape,
+                dtype=x.dtype,
+                device=device if x.is_meta or name in constants else x.device,
+                requires_grad=x.requires_grad,
+            )
+            for name, x in given.items()
         ]
 
     def flat(*tensors: Tensor) -> list[Tensor]:
