@@ -3,9 +3,9 @@
 Four questions: is the graph in order and complete; does its signature match; does it keep to its
 level; and, once tensors are placed, do the placements add up? The last one re-derives every
 operator's demand (``infer.py``) and every collective's conversion (``collectives.py``): a missing,
-doubled or wrong collective leaves kinds that do not fit, and with them a wrong gradient. It is asked
-up to level local: a step's backward is made of that program's own derivatives. Of a step it is asked
-whether every new value can take the place of the old one.
+doubled or wrong collective leaves kinds that do not fit, and with them a wrong gradient. It is
+asked up to level local: the backward of a step is made of that program's own derivatives. Of a step
+it is asked whether every new value can take the place of the old one.
 """
 
 from __future__ import annotations

@@ -95,9 +95,9 @@ def record(
 
     ``examples`` may be real, meta or fake: only shape, dtype, device and ``requires_grad`` are
     read; meta tensors and constants are recorded as on ``device``. Each becomes a graph input of
-    its name, in order; a constant becomes an attribute. Sizes that depend on data are symbols; Python numbers that are read from
-    tensors (``x.item()``) are nodes too. Raises what the function raises: among others
-    ``GuardOnDataDependentSymNode`` where it branches on data.
+    its name, in order; a constant becomes an attribute. Sizes that depend on data are symbols;
+    Python numbers that are read from tensors (``x.item()``) are nodes too. Raises what the function
+    raises, and ``GuardOnDataDependentSymNode`` where it branches on data.
     """
     constants = constants or {}
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -128,9 +128,7 @@ def record(
     return _cleaned(traced, list(given), constants)
 
 
-def splice(
-    graph: fx.Graph, recording: Recording, operands: Mapping[str, fx.Node]
-) -> list[fx.Node]:
+def splice(graph: fx.Graph, recording: Recording, operands: Mapping[str, fx.Node]) -> list[fx.Node]:
     """Copy a recording to the end of a graph, applied to ``operands``; return its results."""
     copies: dict[fx.Node, fx.Node] = {}
     for old in recording.graph.nodes:
@@ -192,6 +190,8 @@ def _cleaned(
             kept[name] = getattr(traced, str(old.target))
             return graph.get_attr(name)
         target = aten.reshape.default if old.target in _VIEWS else old.target
+        args: Any
+        kwargs: Any
         args, kwargs = map_arg((old.args, old.kwargs), copies.__getitem__)
         if old.op == "output":
             return graph.output(tuple(args[0]))
@@ -220,5 +220,6 @@ def wrap_draws(tape: Tape, site: int, axes: Sequence[str], apart: int) -> None:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     ]
     for number, node in enumerate(reversed(random)):
-        node.args = (node.target, site + number * apart, tuple(axes), *node.args)
+        target: Any = node.target
+        node.args = (target, site + number * apart, tuple(axes), *node.args)
         node.target = draw

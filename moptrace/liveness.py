@@ -65,9 +65,7 @@ def peak_memory(program: Program) -> Peak:
         if root.get(node) is node and node.op != "output"
     }
     position = {node: at for at, node in enumerate(nodes)}
-    until = {
-        node: end if node.op in ("placeholder", "get_attr") else last[node] for node in bytes_
-    }
+    until = {node: end if node.op in ("placeholder", "get_attr") else last[node] for node in bytes_}
     for output, node in zip(program.signature.outputs, program.outputs, strict=True):
         owner = root[node]
         if output.updates is None or node not in written:
@@ -144,10 +142,8 @@ def _bytes(value: Any, sizes: Mapping[Any, int]) -> int:
     return math.prod(_size(n, sizes) for n in value.shape) * value.element_size()
 
 
-def _size(size: Any, symbols: Mapping[Any, int]) -> int:
-    if isinstance(size, int):
-        return size
-    return int(size.node.expr.subs(symbols))
+def _size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int:
+    return int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size
 
 
 def _symbols(program: Program) -> dict[Any, int]:
@@ -156,8 +152,8 @@ def _symbols(program: Program) -> dict[Any, int]:
     for node in program.nodes:
         row = collective(node.target)
         if row is not None and row.moves_rows:
-            received = roles.tensor(node).shape[0]
+            received: Any = roles.tensor(node).shape[0]
             sent = roles.tensor(node.args[0]).shape[0]  # type: ignore[arg-type]
-            if not isinstance(received, int):
+            if isinstance(received, torch.SymInt):
                 found.setdefault(received.node.expr, _size(sent, found))
     return found

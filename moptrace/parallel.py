@@ -39,7 +39,7 @@ from moptrace.trace import rebuild, trace
 if TYPE_CHECKING:
     from moptrace.explain import Explanation
 
-__all__ = ["ManyShapesWarning", "ParallelModule", "traced_for"]
+__all__ = ["ManyShapesWarning", "ParallelModule"]
 
 log = logging.getLogger("moptrace")
 MANY_SHAPES = 8
@@ -161,11 +161,15 @@ class ParallelModule(nn.Module):
 
     def local_program(self, batch: Mapping[str, Any]) -> Program:
         """The program that a rank runs on a batch of this shape; traced if the shape is new."""
-        key = traced_for(self.training, batch)
+        key = self.traced_for(batch)
         self._check_batches(key)
         if key not in self._programs:
             self._build(key, batch)
         return self._programs[key]
+
+    def traced_for(self, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What a program is traced for: batches of which this is equal run the same one."""
+        return _key(self.training, batch)
 
     @property
     def communicator(self) -> Communicator:
@@ -395,7 +399,7 @@ def _argument_names(model: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind in kinds]
 
 
-def traced_for(training: bool, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+def _key(training: bool, batch: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a program is traced for: shapes and dtypes of tensors, everything else by value."""
     leaves, spec = pytree.tree_flatten(dict(batch))
     shapes = (

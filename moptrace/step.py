@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from moptrace.core import Output, Pass, Program, chain
 from moptrace.errors import StepError
 from moptrace.liveness import Peak, peak_memory, write_backs
-from moptrace.parallel import ParallelModule, traced_for
+from moptrace.parallel import ParallelModule
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
 from moptrace.passes.clip_gradients import NORM, clip_gradients
 from moptrace.passes.differentiate import differentiate
@@ -35,8 +35,8 @@ def train_step(
     ``model`` is what ``parallelize`` returned, ``optimizer`` any ``torch.optim`` optimizer of its
     parameters that treats every element alike. Gradients are scaled down to a global norm of
     ``max_norm``, the norm that the unsharded model has; None leaves them. With ``accumulate``
-    micro-batches to a step, the loss is the mean over all their tokens. ``schedule`` is a pass, or a
-    chain of passes, over the finished step, such as ``passes.regather``.
+    micro-batches to a step, the loss is the mean over all their tokens. ``schedule`` is a pass, or
+    a chain of passes, over the finished step, such as ``passes.regather``.
 
         step = moptrace.train_step(model, optimizer, max_norm=1.0)
         loss = step(input_ids=ids, labels=labels)
@@ -110,7 +110,7 @@ class TrainStep:
 
     def _step(self, batches: Sequence[Mapping[str, Any]]) -> Tensor:
         model = self.model
-        if len({traced_for(model.training, batch) for batch in batches}) > 1:
+        if len({model.traced_for(batch) for batch in batches}) > 1:
             raise StepError(
                 "the micro-batches of a step have different shapes, so they are different programs;"
                 " pad them to one length and ignore the padding with label -100"
@@ -133,7 +133,7 @@ class TrainStep:
             model.communicator.step += 1
         self._program = program
         left = [output for output in signature.outputs if output.updates is None]
-        self.grad_norm = self._stepper.finish(left, results, self._like)
+        self.grad_norm = self._stepper.finish(zip(left, results, strict=True), self._like)
         return results[0]
 
     def _like(self, fqn: str, value: Tensor) -> Tensor:
@@ -200,7 +200,10 @@ class Stepper:
             if key not in ("params", "initial_lr")
         )
         state = tuple(
-            (self.names[p], *((key, x.dtype) for key, x in state_tensors(self.optimizer, p).items()))
+            (
+                self.names[p],
+                *((key, x.dtype) for key, x in state_tensors(self.optimizer, p).items()),
+            )
             for group in self.optimizer.param_groups
             for p in group["params"]
         )
@@ -214,22 +217,19 @@ class Stepper:
             for name, p in self._parameters.items()
             for key, x in state_tensors(self.optimizer, p).items()
         }
-        device = next(iter(self._parameters.values())).device
-        rates = {f"groups.{i}.lr": learning_rate(g, device) for i, g in enumerate(groups)}
+        rates = {f"groups.{i}.lr": learning_rate(g) for i, g in enumerate(groups)}
         return [(held | rates)[entry.path] for entry in program.signature.states]
 
     def finish(
-        self,
-        outputs: Sequence[Output],
-        values: Sequence[Tensor],
-        like: Callable[[str, Tensor], Tensor],
+        self, made: Iterable[tuple[Output, Tensor]], like: Callable[[str, Tensor], Tensor]
     ) -> Tensor | None:
         """Keep the state that the optimizer made; returns the norm of the gradients, if taken.
 
-        ``like(parameter, value)`` is how an entry of a parameter's state is held.
+        ``made`` are the outputs that replace nothing. ``like(parameter, value)`` is how an entry of
+        a parameter's state is held.
         """
         norm = None
-        for output, value in zip(outputs, values, strict=True):
+        for output, value in made:
             if output.path == NORM:
                 norm = value
             elif output.state_of is not None:
@@ -251,9 +251,7 @@ def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
     for after, pairs in write_backs(program).items():
         for old, new in reversed(pairs):
             with module.graph.inserting_after(nodes[after]):
-                module.graph.call_function(
-                    torch.ops.aten.copy_.default, (nodes[old], nodes[new])
-                )
+                module.graph.call_function(torch.ops.aten.copy_.default, (nodes[old], nodes[new]))
     kept = [
         nodes[node]
         for output, node in zip(program.signature.outputs, program.outputs, strict=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moptrace import roles, state
 from moptrace.collectives import collective
-from moptrace.core import Pass, Program
+from moptrace.core import Output, Pass, Program
 from moptrace.placement import INVARIANT, Placement, Shard
 from moptrace.simulate import simulate
 from moptrace.step import Stepper
@@ -229,8 +229,8 @@ class SimulatedRanks:
 class SimulatedSteps:
     """The training step of all ranks of a local program in one process, as ``train_step`` runs it.
 
-    ``optimizer`` makes the optimizer of one rank from its shards, by fully qualified name; the other
-    options are those of ``train_step``. ``batches`` of a step are global micro-batches.
+    ``optimizer`` makes the optimizer of one rank from its shards by fully qualified name; the other
+    options are those of ``train_step``.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class SimulatedSteps:
         return programs if len(programs) > 1 else programs * len(self.steppers)
 
     def step(self, *batches: Batch) -> tuple[Tensor, Tensor | None]:
-        """One step of every rank; returns the loss, and the norm of the gradients if it is taken."""
+        """A step of every rank on global micro-batches; returns the loss, and the norm if taken."""
         programs = self.programs
         with torch.no_grad():
             outputs = simulate(
@@ -273,14 +273,14 @@ class SimulatedSteps:
         self.ranks.steps += 1
         norms: list[Tensor] = []
         for rank, (program, values) in enumerate(zip(programs, outputs, strict=True)):
-            arguments = self._arguments(rank, program, batches)
-            new = [(o, v) for o, v in zip(program.signature.outputs, values, strict=True)]
-            with torch.no_grad():
-                for output, value in new:
-                    if output.updates is not None:
-                        arguments[output.updates].copy_(value)
-            made = [(o, v.clone()) for o, v in new if o.updates is None]
-            norm = self.steppers[rank].finish(*zip(*made, strict=True), lambda _, value: value)
+            held = self._arguments(rank, program, batches)
+            made: list[tuple[Output, Tensor]] = []
+            for output, value in zip(program.signature.outputs, values, strict=True):
+                if output.updates is None:
+                    made.append((output, value.clone()))
+                else:
+                    held[output.updates].detach().copy_(value)
+            norm = self.steppers[rank].finish(made, lambda _, value: value)
             norms += [] if norm is None else [norm]
         loss = _agreed([own[0] for own in outputs], "the loss")
         return loss, _agreed(norms, "the norm") if norms else None
@@ -291,9 +291,7 @@ class SimulatedSteps:
         signature = program.signature
         inputs = [x for batch in batches for x in inputs_of(self.local.signature, batch)]
         of_local = [x.name for x in self.local.signature.inputs] * len(batches)
-        parts = [
-            self.ranks.part(name, x, rank) for name, x in zip(of_local, inputs, strict=True)
-        ]
+        parts = [self.ranks.part(name, x, rank) for name, x in zip(of_local, inputs, strict=True)]
         states = self.steppers[rank].states(program)
         return {
             **self.ranks.ranks[rank],

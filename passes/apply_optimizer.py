@@ -36,7 +36,8 @@ def apply_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str
     graph takes; those that the optimizer has yet to make, in its first step, are outputs. Each
     group's learning rate is an input, so that a scheduler may change it. Its other options are
     constants of the graph. Numbers that eager PyTorch reads from tensors, such as the count of
-    steps, are read when the graph runs, and are computed with as it does.
+    steps, are read when the graph runs, and are computed with as it does. ``foreach`` and ``fused``
+    say how kernels are called and not what they compute: the plain operators are recorded.
 
     Requires: ``differentiate``. Ensures: the optimizer's own arithmetic, operator by operator; the
     optimizer is not changed. Raises StepError for one that cannot be recorded or that mixes
@@ -84,9 +85,12 @@ class _Update:
         for parameter in self._trained():
             fqn = self.names[parameter]
             for key, x in state_tensors(self.optimizer, parameter).items():
-                yield State(self._name(fqn, key), f"{fqn}.{key}", tuple(x.shape), x.dtype, fqn), x.device
+                yield (
+                    State(self._name(fqn, key), f"{fqn}.{key}", tuple(x.shape), x.dtype, fqn),
+                    x.device,
+                )
         for number, group in enumerate(self.optimizer.param_groups):
-            lr = learning_rate(group, self.device)
+            lr = learning_rate(group)
             yield State(_lr_name(number), f"groups.{number}.lr", (), lr.dtype), lr.device
 
     def _name(self, fqn: str, key: str) -> str:
@@ -213,9 +217,8 @@ class _Update:
         for number, group in enumerate(self.optimizer.param_groups):
             lr = values[_lr_name(number)]
             owned = [shards[self.names[p]] for p in group["params"] if self.names[p] in shards]
-            rate = lr if _wants_tensor(group) else lr.item()
-            # One operator for each parameter: lists of tensors cannot take numbers of a graph.
-            options = {"foreach": False} if group.get("foreach", False) is not False else {}
+            rate = lr if isinstance(group["lr"], Tensor) else lr.item()
+            options = _one_by_one(group, self.device)
             twin.param_groups.append({**group, **options, "params": owned, "lr": rate})
         twin.state = defaultdict(dict)
         for parameter in self._trained():
@@ -275,18 +278,21 @@ def _constants(optimizer: Any) -> dict[str, Any]:
     return found
 
 
-def learning_rate(group: Mapping[str, Any], device: torch.device) -> Tensor:
-    """A group's learning rate as the graph takes it: as a number, in the precision of one."""
+def learning_rate(group: Mapping[str, Any]) -> Tensor:
+    """A group's learning rate as the graph takes it; a Python number in the precision of one."""
     rate = group["lr"]
-    if isinstance(rate, Tensor):
-        return _own(rate)
-    on_gpu = group.get("fused") and device.type == "cuda"  # the kernels there read a float32
-    return torch.tensor(rate, dtype=torch.float32 if on_gpu else torch.float64)
+    return _own(rate) if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float64)
 
 
-def _wants_tensor(group: Mapping[str, Any]) -> bool:
-    """Whether the learning rate stays a tensor: fused kernels take no number of a graph."""
-    return bool(group.get("fused")) or isinstance(group["lr"], Tensor)
+def _one_by_one(group: Mapping[str, Any], device: torch.device) -> dict[str, bool]:
+    """Options that ask for plain operators: those on lists take no numbers that a graph computes.
+
+    On a GPU, a fused optimizer has its count of steps there, as a capturable one has.
+    """
+    options = {key: False for key in ("foreach", "fused") if group.get(key)}
+    if group.get("fused") and device.type == "cuda":
+        options["capturable"] = True
+    return options
 
 
 def _identifier(key: str) -> str:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from moptrace import roles, state
 from moptrace.collectives import Communicator, collective
-from moptrace.core import Input, Level, Output, Pass, Program, Signature
+from moptrace.core import Level, Output, Pass, Program, Signature
 from moptrace.errors import StepError
 from moptrace.joint import Tape, record, wrap_draws
 from moptrace.random import draw
@@ -257,6 +257,8 @@ class _Run:
 
     def _call(self, tape: Tape, node: fx.Node) -> Any:
         target: Any = node.target
+        args: Any
+        kwargs: Any
         args, kwargs = map_arg((node.args, node.kwargs), self.values.__getitem__)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": self.forward.device}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import fx
 
 from moptrace import roles
@@ -17,8 +15,8 @@ def regather(above: int = 0) -> Pass:
     """Let each backward gather the parameters that it needs, of more than ``above`` bytes, again.
 
     What forward gathered is then free after its last use in forward, at the price of one more
-    ``all_gather`` (FSDP's resharding after forward). What is computed from parameters alone, such as
-    the unpacking of a bucket or a transpose, is computed again with it.
+    ``all_gather`` (FSDP's resharding after forward). What is computed from parameters alone, such
+    as the unpacking of a bucket or a transpose, is computed again with it.
 
     Requires: a step. Ensures: the same operators on the same values.
     """
@@ -72,9 +70,8 @@ class _Regather:
         if value.op == "placeholder":
             return value
         if value not in self.copies:
-            operand: Callable[[fx.Node], fx.Node] = lambda x: self._again(x, user)
             with self.graph.inserting_before(user):
-                made = self.graph.node_copy(value, operand)
+                made = self.graph.node_copy(value, lambda x: self._again(x, user))
             roles.set_role(made, backward=True)
             self.copies[value] = made
         return self.copies[value]
