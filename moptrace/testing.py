@@ -252,13 +252,13 @@ class SimulatedSteps:
             made = optimizer(shards)
             held = {p: names[p] for group in made.param_groups for p in group["params"]}
             self.steppers.append(Stepper(made, held, max_norm, accumulate, schedule, rank))
+        sizes = [_sizes_of_rank(local, rank) for rank in range(len(self.steppers))]
+        self._like = [sizes.index(own) for own in sizes]
 
     @property
     def programs(self) -> list[Program]:
-        """The step program of each rank; one for all where their shards have the same shapes."""
-        steppers = self.steppers[:1] if _alike(self.local) else self.steppers
-        programs = [stepper.program(self.local) for stepper in steppers]
-        return programs if len(programs) > 1 else programs * len(self.steppers)
+        """The step program of each rank; ranks whose parts have the same sizes share one."""
+        return [self.steppers[rank].program(self.local) for rank in self._like]
 
     def step(self, *batches: Batch) -> tuple[Tensor, Tensor | None]:
         """A step of every rank on global micro-batches; returns the loss, and the norm if taken."""
@@ -304,25 +304,23 @@ class SimulatedSteps:
         return self.ranks.weights()
 
 
-def _alike(program: Program) -> bool:
-    """Whether all ranks run one step program: every dimension is split into equal parts."""
+def _sizes_of_rank(program: Program, rank: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks of which this is equal run one step program: all their parts have the same sizes."""
     layout, signature = program.layout, program.signature
     assert layout is not None
-    entries = (*signature.parameters, *signature.buffers, *signature.inputs)
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    for entry in entries:
+    found: list[tuple[int, ...]] = []
+    for entry in (*signature.parameters, *signature.buffers, *signature.inputs):
         placement = roles.placement(nodes[entry.name])
         assert placement is not None
-        ranks = range(layout.world_size)
-        if len({state.own_shape(entry.shape, placement, layout, rank) for rank in ranks}) > 1:
-            return False
+        found.append(state.own_shape(entry.shape, placement, layout, rank))
     for node in program.nodes:
         row = collective(node.target)
-        if row is not None and "int dim" in row.schema:
-            _, axis, _, length = node.args
-            if len(set(layout.sizes(length, axis))) > 1:  # type: ignore[arg-type]
-                return False
-    return True
+        if row is not None and "int length" in row.schema:
+            axis = next(x for x in node.args if isinstance(x, str))
+            at = layout.view_of(axis).coordinate(rank, axis)
+            found.append((layout.sizes(node.args[-1], axis)[at],))  # type: ignore[arg-type]
+    return tuple(found)
 
 
 def simulated_step(
