@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -128,17 +129,40 @@ def record(
     return _cleaned(traced, list(given), constants)
 
 
-def splice(graph: fx.Graph, recording: Recording, operands: Mapping[str, fx.Node]) -> list[fx.Node]:
-    """Copy a recording to the end of a graph, applied to ``operands``; return its results."""
+def splice(
+    graph: fx.Graph,
+    recording: Recording,
+    operands: Mapping[str, fx.Node],
+    constants: dict[str, Any],
+) -> list[fx.Node]:
+    """Copy a recording to the end of a graph, applied to ``operands``; return its results.
+
+    The constants of the recording are added to the graph's.
+    """
     copies: dict[fx.Node, fx.Node] = {}
     for old in recording.graph.nodes:
         if old.op == "placeholder":
             copies[old] = operands[old.name]
+        elif old.op == "get_attr":
+            name = _name_of(recording.constants[str(old.target)], constants)
+            copies[old] = graph.get_attr(name)
+            roles.copy_role(copies[old], of=old)
+            roles.set_value(copies[old], roles.value(old))
         elif old.op == "output":
             return [copies[x] for x in old.args[0]]
         else:
             copies[old] = graph.node_copy(old, copies.__getitem__)
     raise AssertionError("the recording has no output")
+
+
+def _name_of(value: Any, constants: dict[str, Any]) -> str:
+    """The name of a constant, which is added if it is not there yet."""
+    for name, known in constants.items():
+        if known is value:
+            return name
+    name = next(n for i in count() if (n := f"constant_{i}") not in constants)
+    constants[name] = value
+    return name
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -186,9 +210,7 @@ def _cleaned(
             assert new.name == name, f"{name} is no name for a graph input"
             return new
         if old.op == "get_attr":
-            name = f"constant_{len(kept)}"
-            kept[name] = getattr(traced, str(old.target))
-            return graph.get_attr(name)
+            return graph.get_attr(_name_of(getattr(traced, str(old.target)), kept))
         target = aten.reshape.default if old.target in _VIEWS else old.target
         args: Any
         kwargs: Any

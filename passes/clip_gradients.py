@@ -59,12 +59,12 @@ def clip_gradients(max_norm: float) -> Pass:
         examples = {name: roles.tensor(x) for name, x in operands.items()}
         recording = record(clip, examples)
         graph.erase_node(graph.output_node())
-        norm, *clipped = splice(graph, recording, operands)
+        constants = dict(program.constants)
+        norm, *clipped = splice(graph, recording, operands, constants)
         for i, gradient in zip(places, clipped, strict=False):
             results[i] = gradient
         graph.output((*results, norm))
         signature = replace(program.signature, outputs=(*outputs, Output(NORM)))
-        constants = {**program.constants, **recording.constants}
         return program.with_graph(graph, signature=signature, constants=constants)
 
     options = (("max_norm", max_norm),)
