@@ -297,12 +297,5 @@ def _mixes(node: fx.Node) -> bool:
     packet = getattr(node.target, "overloadpacket", None)
     if packet is None or packet in _SAME_ELEMENTS or torch.Tag.pointwise in node.target.tags:  # type: ignore
         return False
-    if packet.__name__.startswith("_fused_"):
-        return False
     values = (roles.value(x) for x in node.all_input_nodes)
     return any(isinstance(x, Tensor) and x.dim() for x in values)
-
-
-def _is_new(output: Output, node: fx.Node) -> bool:
-    """Whether the step changes the value at all."""
-    return node.name != output.updates
