@@ -153,13 +153,14 @@ class _Update:
 
     def _recipe(self, group: int, parameter: Tensor, operands: Mapping[str, fx.Node]) -> _Recipe:
         """The recording for parameters of this group, shape and state."""
-        examples = {name: roles.tensor(x).detach() for name, x in operands.items()}
+        values = {name: roles.tensor(x) for name, x in operands.items()}
         alike = (
             group,
-            tuple((name, x.shape, x.dtype, x.device) for name, x in examples.items()),
+            tuple((name, x.shape, x.dtype, x.device) for name, x in values.items()),
             repr(_plain_state(self.optimizer, parameter)),
         )
         if alike not in self.recipes:
+            examples = {name: x.detach() for name, x in values.items()}
             self.recipes[alike] = self._recorded(group, parameter, examples)
         return self.recipes[alike]
 
