@@ -49,12 +49,13 @@ def simulate(
     ]  # the nodes of every rank's graph, and those of the first that they stand for
     for nodes in zip(*(own.graph.nodes for own in programs), strict=True):
         node = nodes[0]
-        assert all(own.target == node.target for own in nodes), "the ranks' programs differ"
+        if node.op != "get_attr":  # whose names depend on how many constants came before
+            assert all(own.target == node.target for own in nodes), "the ranks' programs differ"
         args = [
             map_arg((own.args, own.kwargs), lambda n, r=r: values[first[r][n]][r])
             for r, own in enumerate(nodes)
         ]
-        values[node] = _visit(programs[0], node, args, arguments, ranks)
+        values[node] = _visit(programs, nodes, args, arguments, ranks)
         for used in node.all_input_nodes:
             remaining[used] -= 1
             if not remaining[used]:
@@ -65,21 +66,22 @@ def simulate(
 
 
 def _visit(
-    program: Program,
-    node: fx.Node,
+    programs: Sequence[Program],
+    nodes: Sequence[fx.Node],
     args: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
     arguments: Sequence[Mapping[str, Tensor]],
     ranks: Sequence[Communicator],
 ) -> list[Any]:
+    node, layout = nodes[0], programs[0].layout
     if node.op == "placeholder":
         return [own[node.name] for own in arguments]
     if node.op == "get_attr":
-        return [program.constants[str(node.target)] for _ in ranks]
+        return [p.constants[str(n.target)] for p, n in zip(programs, nodes, strict=True)]
     if node.op == "output":
         return [own[0][0] for own in args]
     row = collective(node.target)
     if row is not None:
-        return _together(row, [own[0] for own in args], program.layout)
+        return _together(row, [own[0] for own in args], layout)
     if (round_trip := ring(node.target)) is not None:
         return _around(round_trip, [own[0] for own in args], ranks)
     if (round_trip := ring_backward(node.target)) is not None:
