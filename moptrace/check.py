@@ -21,7 +21,7 @@ from moptrace import roles
 from moptrace.collectives import COLLECTIVES, collective
 from moptrace.core import Level, Program
 from moptrace.errors import CheckError
-from moptrace.infer import Held, infer, satisfies, token_blocks
+from moptrace.infer import Held, infer, satisfies, token_blocks, travels
 from moptrace.placement import (
     INVARIANT,
     PARTIAL,
@@ -30,6 +30,8 @@ from moptrace.placement import (
     Placement,
     Rows,
     Shard,
+    View,
+    own_blocks,
     parse_kind,
 )
 from moptrace.random import draw
@@ -202,10 +204,6 @@ class _Placements:
         if rule is None:
             yield from self._without_rule(node)
             return
-        if self.program.level >= Level.LOCAL and node.target in RINGS:
-            kinds = self._along(roles.placements(node)[0])
-            if any(isinstance(kind, Shard) and rule.travels(kind.dim) for kind in kinds):
-                yield node, f"{node.target} has only its part of what is split and must travel"
         inputs = operands(node)
         if node.target is draw:
             inputs = inputs[-len(rule.operands) :] if rule.operands else []
@@ -213,23 +211,22 @@ class _Placements:
             yield node, f"{len(inputs)} operands, but its rule ({rule}) has {len(rule.operands)}"
             return
         outs = [p for p in roles.placements(node) if p is not None]
-        views = {p.view for x in inputs if (p := roles.placement(x)) is not None}
-        views |= {p.view for p in outs}
+        said = [p for x in inputs if (p := roles.placement(x)) is not None] + outs
         if rule.has_tokens:
-            views |= {self.tokens[x].view for x in inputs if x in self.tokens}
-        views.discard(self.layout.home)
-        order = (self.layout.tokens, self.layout.experts)
-        view = next((v for v in order if v in views), self.layout.home)
+            said += [self.tokens[x] for x in inputs if x in self.tokens]
+        view = self.layout.common_view(said)
+        if not all(p.expressed_in(view) for p in said):
+            yield node, f"no view can say all of {'; '.join(map(str, said))}"
+            return
         for axis in view.axes:
             if axis.size == 1:
                 continue
             held = [self._held(x, axis.name, view) for x in inputs]
-            if any(h is None for h in held):
-                yield node, f"an operand cannot be said in {view}"
-                return
-            present = [h for h in held if h is not None]
-            demand = infer(rule, present, parts=1)
-            for operand, have, need in zip(inputs, present, demand.operands, strict=True):
+            demand = infer(rule, held, parts=1)
+            if self.program.level >= Level.LOCAL and node.target in RINGS:
+                if travels(rule, demand.results[0], [h.kind for h in held]):
+                    yield node, f"{node.target} has only its part of what is split and must travel"
+            for operand, have, need in zip(inputs, held, demand.operands, strict=True):
                 if not satisfies(have, need):
                     yield node, f"%{operand.name} is {have.kind} along {axis.name}, not {need}"
             for given, kind in zip(outs, demand.results, strict=True):
@@ -237,16 +234,10 @@ class _Placements:
                 if said is None or not self._same(node, said.kind(axis.name), kind):
                     yield node, f"the result is {given}, but {kind} along {axis.name} follows"
 
-    def _along(self, placement: Placement | None) -> list[Kind]:
-        assert placement is not None
-        pairs = zip(placement.view.axes, placement.kinds, strict=True)
-        return [kind for axis, kind in pairs if axis.size > 1]
-
-    def _held(self, node: fx.Node, axis: str, view: Any) -> Held | None:
+    def _held(self, node: fx.Node, axis: str, view: View) -> Held:
         placement = roles.placement(node)
         said = placement.expressed_in(view) if placement else None
-        if said is None:
-            return None
+        assert said is not None, f"%{node.name} cannot be said in {view}"
         live = node in self.differentiable
         weight = roles.tensor(node).numel() if live else 0
         blocks = token_blocks(self.tokens.get(node), view, axis)
@@ -312,25 +303,22 @@ class _Placements:
         yield from self._others_unchanged(node, x, axis)
 
     def _others_unchanged(self, node: fx.Node, x: fx.Node, axis: str) -> Faults:
-        view = self.layout.view_of(axis)
-        before, after = self._said(x, view), self._said(node, view)
-        changed = {k.dim for p in (before, after) if isinstance(k := p.kind(axis), Shard)}
-        inner = False
-        for other, a, b in zip(view.axes, before.kinds, after.kinds, strict=True):
+        before, after = self._said(x, axis), self._said(node, axis)
+        for other, a, b in zip(before.view.axes, before.kinds, after.kinds, strict=True):
             if other.name != axis and other.size > 1 and a != b:
                 yield node, f"a change along {axis} also changed {other.name} from {a} to {b}"
-            if inner and other.size > 1 and isinstance(a, Shard) and a.dim in changed:
-                yield node, f"{axis} splits what {other.name}, inside it, still splits"
-            inner |= other.name == axis
+        for placement in (before, after):
+            if isinstance(placement.kind(axis), Shard) and own_blocks(placement, axis) is None:
+                yield node, f"{axis} splits what an axis inside it still splits ({placement})"
 
     def _kind(self, node: fx.Node, axis: str) -> Kind:
-        return self._said(node, self.layout.view_of(axis)).kind(axis)
+        return self._said(node, axis).kind(axis)
 
-    def _said(self, node: fx.Node, view: Any) -> Placement:
+    def _said(self, node: fx.Node, axis: str) -> Placement:
         placement = roles.placement(node)
-        said = placement.expressed_in(view) if placement else None
+        said = self.layout.said_along(placement, axis) if placement else None
         if said is None:
-            raise CheckError(f"{roles.where(node)}: {placement} cannot be said in {view}")
+            raise CheckError(f"{roles.where(node)}: {placement} says nothing along {axis}")
         return said
 
     def _outputs(self, end: fx.Node) -> Faults:

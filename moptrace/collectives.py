@@ -14,6 +14,7 @@ reduce_scatter        partial -> shard        all_gather            sum, own sli
 all_reduce            partial -> replicate    all_reduce            sum
 all_reduce_invariant  partial -> invariant    vary                  sum
 vary                  invariant -> replicate  all_reduce_invariant  nothing
+count_once            replicate -> partial    count_once            zeros but for the first
 take_shard            invariant -> shard      all_gather_invariant  own slice
 take_replicated       replicate -> shard      place_shard           own slice
 place_shard           shard -> partial        take_replicated       zeros elsewhere
@@ -202,6 +203,10 @@ def _nothing(parts: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     return [part.view_as(part) for part in parts]
 
 
+def _first(parts: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    return [part.clone() if i == 0 else torch.zeros_like(part) for i, part in enumerate(parts)]
+
+
 def _exchange(parts: list[Tensor], sizes: Sequence[int], length: int) -> list[Tensor]:
     pieces = [part.split(list(sizes)) for part in parts]
     return [torch.stack([p[i] for p in pieces]) for i in range(len(parts))]
@@ -290,6 +295,10 @@ def _run_place(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
 
 def _run_nothing(x: Tensor, axis: str) -> Tensor:
     return x.clone()  # an operator may not return its input
+
+
+def _run_first(x: Tensor, axis: str) -> Tensor:
+    return x.clone() if Communicator.current().coordinate(axis) == 0 else torch.zeros_like(x)
 
 
 def _run_swap(
@@ -425,6 +434,7 @@ _GATHER = (_SLICED, _concatenate, _run_gather, _shape_whole)
 _SCATTER = (_SLICED, _sum_and_split, _run_reduce_scatter, _shape_slice)
 _REDUCE = (_PLAIN, _sum, _run_reduce, _shape_same)
 _KEEP = (_PLAIN, _nothing, _run_nothing, _shape_same)
+_ONCE = (_PLAIN, _first, _run_first, _shape_same)
 _TAKE = (_SLICED, _own_slices, _run_take, _shape_slice)
 _PUT = (_SLICED, _zeros_elsewhere, _run_place, _shape_whole)
 
@@ -435,6 +445,7 @@ _TABLE = (
     Collective("all_reduce", Partial, Replicate, "all_reduce", *_REDUCE),
     Collective("all_reduce_invariant", Partial, Invariant, "vary", *_REDUCE),
     Collective("vary", Invariant, Replicate, "all_reduce_invariant", *_KEEP),
+    Collective("count_once", Replicate, Partial, "count_once", *_ONCE),
     Collective("take_shard", Invariant, Shard, "all_gather_invariant", *_TAKE),
     Collective("take_replicated", Replicate, Shard, "place_shard", *_TAKE),
     Collective("place_shard", Shard, Partial, "take_replicated", *_PUT),

@@ -312,6 +312,9 @@ class _Reader:
         """A bucket's bytes, divided by the elements of its parameters."""
         packed = node.args[0]
         assert isinstance(packed, fx.Node)
+        if packed.target is ops.vary.default:
+            packed = packed.args[0]
+        assert isinstance(packed, fx.Node)
         if packed.target is not ops.pack.default:
             yield _Share(self.component.get(node), kind, sent, expected, True)
             return
@@ -333,7 +336,7 @@ class _Reader:
             return "one rank"
         work, storage = list(self._work_in_words(nodes)), list(self._storage_in_words(own))
         if storage and "split over" in storage[0]:
-            work = []  # the experts' rows are spread as the experts are
+            work = []  # the rows of experts, and hidden units, are spread as their weights are
         return ", ".join([*work, *storage]) or "alike on every rank"
 
     def _storage_in_words(self, own: Sequence[Parameter]) -> Iterator[str]:
@@ -351,7 +354,9 @@ class _Reader:
             gathered |= whole
             copied |= {a for a, _ in _along(placement)} - shards
         home = {axis.name for axis in self.layout.home.axes}
-        if split:
+        if units := split & {"tp"}:
+            yield f"hidden units split over {self._axes(units)}"
+        if split := split - {"tp"}:
             words = {axis.name for axis in self.layout.experts.axes if axis.size > 1}
             yield f"experts split over {self._axes(words if split & home else split)}"
         if ringed:
@@ -366,7 +371,7 @@ class _Reader:
         """Whether a gather follows, before anything but movements of this parameter alone."""
         for user in node.users:
             if user.target is ops.pack.default:
-                return any(_axis(gather) == axis for gather in user.users)
+                return any(_axis(gather) == axis for gather in _after_vary(user))
             if collective(user.target) is not None:
                 if _axis(user) == axis or self._is_gathered(user, axis):
                     return True
@@ -398,10 +403,11 @@ class _Reader:
         if axes & of_tokens - {"dp"}:
             yield f"tokens split over {self._axes(axes & of_tokens)}"
         elif axes & {*of_tokens, self.layout.home.axes[0].name}:
-            yield f"data parallel {self._axes(axes - {a.name for a in self.layout.experts.axes})}"
+            of_data = {a.name for view in (self.layout.tokens, self.layout.home) for a in view.axes}
+            yield f"data parallel {self._axes(axes & of_data)}"
 
     def _axes(self, names: Iterable[str]) -> str:
-        order = [axis for view in self.layout.views for axis in view.axes]
+        order = dict.fromkeys(axis for view in self.layout.views for axis in view.axes)
         chosen = set(names)
         return ", ".join(str(axis) for axis in order if axis.name in chosen)
 
@@ -447,13 +453,19 @@ def _components(nodes: Sequence[fx.Node]) -> dict[fx.Node, Component | None]:
     return found
 
 
+def _after_vary(pack: fx.Node) -> Iterator[fx.Node]:
+    """The gathers of a bucket."""
+    for user in pack.users:
+        yield from _after_vary(user) if user.target is ops.vary.default else (user,)
+
+
 def _components_of_shards(
     pack: fx.Node, found: Mapping[fx.Node, Component | None]
 ) -> Iterator[tuple[fx.Node, Component | None]]:
     """A shard in a bucket belongs to the component that uses it when it is unpacked."""
     shards = pack.args[0]
     assert isinstance(shards, (list, tuple))
-    for gather in pack.users:
+    for gather in _after_vary(pack):
         for unpack in gather.users:
             for item in unpack.users:
                 shard, position = None, item.args[1] if len(item.args) > 1 else None
@@ -508,7 +520,7 @@ def _spread(placement: Placement | None) -> int:
 
 def _elements(shape: Sequence[int], placement: Placement, layout: Layout) -> tuple[int, ...]:
     """How many elements of a parameter each rank stores."""
-    placement = placement.expressed_in(layout.experts) or placement
+    placement = placement.expressed_in(layout.storage) or placement
     view = placement.view
     counts = [1] * layout.world_size
     for dim, size in enumerate(shape):

@@ -26,7 +26,17 @@ from moptrace.placement import (
 )
 from moptrace.rules import JOINT, Dims, Rule
 
-__all__ = ["Demand", "Held", "infer", "satisfies", "token_blocks"]
+__all__ = [
+    "Demand",
+    "Held",
+    "Split",
+    "carried",
+    "factor_at",
+    "infer",
+    "satisfies",
+    "token_blocks",
+    "travels",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +64,7 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class _Split:
+class Split:
     """A factor to split, in how many blocks, and whose rows they are if it counts routed rows."""
 
     factor: str
@@ -77,6 +87,16 @@ def token_blocks(tokens: Placement | None, view: View, axis: str) -> int:
     return kind.blocks if isinstance(kind, Shard) else 1
 
 
+def travels(rule: Rule, result: Kind, operands: Sequence[Kind]) -> bool:
+    """Whether factors are split together along an axis: the operator takes one to the other."""
+    if rule.together is None or not isinstance(result, Shard):
+        return False
+    *first, last = rule.together
+    pairs = zip(rule.operands, operands, strict=True)
+    needed = any(isinstance(kind, Shard) and dims[kind.dim] == last for dims, kind in pairs)
+    return needed and rule.results[0][result.dim] in first
+
+
 def infer(rule: Rule, held: Sequence[Held], parts: int) -> Demand:
     """Apply ``rule`` along an axis of ``parts`` ranks to operands that are held as given.
 
@@ -88,17 +108,15 @@ def infer(rule: Rule, held: Sequence[Held], parts: int) -> Demand:
     split = _choose(rule, held, parts)
     if split is not None:
         return Demand(
-            tuple(
-                _operand(rule, position, split, dims) for position, dims in enumerate(rule.operands)
-            ),
-            tuple(_carried(rule, dims, split) or PARTIAL for dims in rule.results),
+            tuple(_operand(rule, position, split, have.kind) for position, have in enumerate(held)),
+            tuple(carried(rule, dims, split) or PARTIAL for dims in rule.results),
         )
     return _unsplit(rule, held)
 
 
-def _choose(rule: Rule, held: Sequence[Held], parts: int) -> _Split | None:
+def _choose(rule: Rule, held: Sequence[Held], parts: int) -> Split | None:
     """The factor to split: what costs least to keep; an expert's weight draws its rows."""
-    best: tuple[int, _Split] | None = None
+    best: tuple[int, Split] | None = None
     for position, (dims, operand) in enumerate(zip(rule.operands, held, strict=True)):
         split = _split_of(rule, dims, operand)
         if split is None or not rule.splittable(split.factor, parts, split.blocks):
@@ -110,41 +128,50 @@ def _choose(rule: Rule, held: Sequence[Held], parts: int) -> _Split | None:
     return best[1] if best else None
 
 
-def _split_of(rule: Rule, dims: Dims, operand: Held) -> _Split | None:
+def _split_of(rule: Rule, dims: Dims, operand: Held) -> Split | None:
     """The factor that an operand has split already."""
     match operand.kind:
         case Shard(dim, blocks):
-            return _factor_at(rule, dims[dim], blocks)
+            return factor_at(rule, dims[dim], blocks)
         case Rows() if rule.together:  # what travels is split evenly
             return None
         case Rows(by):
             if dims and dims[0] == "s|e":
-                return _Split("s", blocks=operand.blocks) if by == "token" else _Split("e")
-            return _Split(dims[0], by) if dims and dims[0] and "." not in dims[0] else None
+                return Split("s", blocks=operand.blocks) if by == "token" else Split("e")
+            return Split(dims[0], by) if dims and dims[0] and "." not in dims[0] else None
         case _:
             return None
 
 
-def _factor_at(rule: Rule, dim: str | None, blocks: int) -> _Split | None:
+def factor_at(rule: Rule, dim: str | None, blocks: int) -> Split | None:
     """The factor of a merged dimension that is split when each of its blocks is."""
     before = 1  # the blocks that the slower factors make
     for factor in (dim or "").split("."):
         size = rule.quantum.get(factor, 0)
         if factor and blocks % before == 0 and (not size or blocks // before < size):
-            return _Split(factor, blocks=blocks // before)
+            return Split(factor, blocks=blocks // before)
         before *= size
     return None
 
 
-def _operand(rule: Rule, position: int, split: _Split, dims: Dims) -> Kind:
+def _operand(rule: Rule, position: int, split: Split, held: Kind) -> Kind:
+    dims = rule.operands[position]
     if position == rule.counts and split.factor == "s":
         return PARTIAL  # each rank counts its own tokens' pairs; all ranks together have them all
+    if position in rule.added and _summed(rule, split.factor):
+        return PARTIAL
     if rule.together and split.factor in rule.together[:-1] and split.factor not in dims:
-        split = _Split(rule.together[-1])
-    return _carried(rule, dims, split) or REPLICATE
+        if not (rule.suffices and isinstance(held, (Replicate, Invariant))):
+            split = Split(rule.together[-1])
+    return carried(rule, dims, split) or REPLICATE
 
 
-def _carried(rule: Rule, dims: Dims, split: _Split) -> Kind | None:
+def _summed(rule: Rule, factor: str) -> bool:
+    """Whether the operator adds up over a factor, which no result then carries."""
+    return all(factor not in (d or "").split(".") for dims in rule.results for d in dims)
+
+
+def carried(rule: Rule, dims: Dims, split: Split) -> Kind | None:
     """The kind of an operand or result that carries the split factor; None if it does not."""
     if dims and dims[0] == "s|e" and split.factor in ("s", "e"):
         return Rows("token" if split.factor == "s" else "expert")

@@ -20,19 +20,19 @@ from torch.distributed.tensor import Replicate as ReplicateDim
 from torch.distributed.tensor import Shard as ShardDim
 from torch.utils import _pytree as pytree
 
-from moptrace import state
+from moptrace import roles, state
 from moptrace.collectives import COLLECTIVES, Communicator
 from moptrace.core import Parameter, Program
 from moptrace.errors import MoptraceError
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.shard_parameters import (
+    BATCH_DIM,
+    batch_parts,
     batch_sizes,
     expert_counts,
-    expert_dims,
     is_split,
-    storage,
 )
-from moptrace.placement import Layout, Placement, Shard
+from moptrace.placement import Layout, Placement, Shard, View
 from moptrace.plan import Plan
 from moptrace.trace import rebuild, trace
 
@@ -77,15 +77,16 @@ class ParallelModule(nn.Module):
         self.train(model.training)
         ranks: list[int] = mesh.mesh.flatten().tolist()
         self._world = len(ranks)
-        self._batch_axes = (self._world // plan.cp, plan.cp)
+        self._batch_parts = (self._world // (plan.cp * plan.tp) or 1, plan.cp * plan.tp)
         self._canonical = canonical()(self._capture(batch))
         self.plan = plan.resolve(self._world, expert_counts(self._canonical))
         self.layout = self.plan.layout(self._world)
         self.storage_mesh = _storage_mesh(mesh, self.layout)
         self._communicator = _connect(self.storage_mesh, self.layout, ranks)
         self._communicator.seed = self._agreed_seed(seed)
-        self._experts = expert_dims(self._canonical.graph)
+        self._stored: dict[str, Placement] = {}
         self._program = self._sharded(self._canonical)
+        self._stored = _stored(self._program)
         self._register(model)
 
     # --- parameters and buffers ---
@@ -111,7 +112,7 @@ class ParallelModule(nn.Module):
 
     def _shard(self, whole: Tensor, parameter: Parameter) -> DTensor:
         """This rank's part of a whole tensor, as a ``DTensor``; nothing is sent."""
-        placement = self._storage(parameter)
+        placement = self._stored[parameter.name]
         part = state.own_part(whole, placement, self._communicator.rank)
         device = part.device if part.is_meta else self._device
         return DTensor.from_local(
@@ -225,13 +226,14 @@ class ParallelModule(nn.Module):
 
     def _sharded(self, program: Program) -> Program:
         """The local program; a model that is not being trained keeps its logits."""
-        return sharded(self.plan, self._world, keep_logits=not self.training)(program)
+        keep = not self.training
+        return sharded(self.plan, self._world, keep_logits=keep, stored=self._stored)(program)
 
     def _capture(self, batch: Mapping[str, Any]) -> Program:
         """Capture the model on the global batch of which ``batch`` is one rank's part."""
         model = self._skeleton[0]
         model.train(self.training)
-        return trace(model, _global(batch, self._batch_axes), loss_fn=self._loss_fn)
+        return trace(model, _global(batch, self._batch_parts), loss_fn=self._loss_fn)
 
     # --- looking at it ---
 
@@ -258,19 +260,20 @@ class ParallelModule(nn.Module):
         """
         leaves = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
         sizes = batch_sizes([tuple(x.shape) for x in leaves])
-        axes = self.layout.tokens.axes
-        for axis, size, what in zip(axes, sizes, ("sequences", "tokens"), strict=False):
-            if size is not None and size % axis.size:
-                padded = -(-size // axis.size) * axis.size
+        parts = batch_parts(self.layout)
+        for count, size, what in zip(parts, sizes, ("sequences", "tokens"), strict=True):
+            if size is not None and size % count:
+                padded = -(-size // count) * count
                 raise MoptraceError(
-                    f"a batch of {size} {what} cannot be shared by {axis.size} ranks; pad it to "
+                    f"a batch of {size} {what} cannot be shared by {count} ranks; pad it to "
                     f"{padded} {what} and ignore the padding with label -100"
                 )
 
         def own(x: Any) -> Any:
             if isinstance(x, Tensor):
-                for dim, axis in enumerate(axes):
-                    if is_split(x.shape, dim, sizes):
+                split = [is_split(x.shape, dim, sizes) for dim in (0, 1)]
+                for axis in self.layout.tokens.axes:
+                    if split[dim := BATCH_DIM[axis.name]]:
                         x = x.chunk(axis.size, dim)[self._communicator.coordinate(axis.name)]
             return x
 
@@ -306,18 +309,16 @@ class ParallelModule(nn.Module):
     def _gather(self, held: Tensor, parameter: Parameter) -> Tensor:
         """The whole tensor of which every rank holds a part."""
         assert isinstance(held, DTensor)
-        placement = self.layout.normalised(self._storage(parameter))
+        stored = self._stored[parameter.name]
+        said = (stored.expressed_in(view) for view in self.layout.views)
+        placement = next(p for p in said if p is not None)  # no two axes split one dimension there
         whole = held.to_local()
         with self._communicator:
             for axis, kind in zip(placement.view.axes, placement.kinds, strict=True):
-                if isinstance(kind, Shard):
+                if isinstance(kind, Shard) and axis.size > 1:
                     length = parameter.shape[kind.dim]
                     whole = COLLECTIVES["all_gather"].op(whole, axis.name, kind.dim, length)
         return whole
-
-    def _storage(self, parameter: Parameter) -> Placement:
-        expert_dim = self._experts.get(parameter.name)
-        return storage(parameter, expert_dim, self.layout, self.plan.edp)
 
     @torch.no_grad()
     def load_full_state_dict(self, whole: Mapping[str, Tensor]) -> None:
@@ -428,27 +429,49 @@ def _global(batch: Mapping[str, Any], ranks: Sequence[int]) -> dict[str, Any]:
     return pytree.tree_map(grown, dict(batch))
 
 
+def _stored(program: Program) -> dict[str, Placement]:
+    """How every parameter is held, in the view of storage."""
+    assert program.layout is not None
+    names = {parameter.name for parameter in program.signature.parameters}
+    held: dict[str, Placement] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            placement = roles.placement(node)
+            stored = placement.expressed_in(program.layout.storage) if placement else None
+            assert stored is not None, f"%{node.name} cannot be stored as {placement}"
+            held[node.name] = stored
+    return held
+
+
 def _storage_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
-    axes = layout.experts.axes
+    axes = layout.storage.axes
     ranks = mesh.mesh.reshape([axis.size for axis in axes])
     return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=tuple(axis.name for axis in axes))
 
 
 def _connect(storage_mesh: DeviceMesh, layout: Layout, ranks: Sequence[int]) -> Communicator:
-    """The process groups of every axis; those of the storage mesh exist already."""
-    groups: dict[str, Any] = {
-        axis.name: storage_mesh.get_group(axis.name) for axis in layout.experts.axes
-    }
-    everyone = ranks == list(range(dist.get_world_size()))
-    home = dist.group.WORLD if everyone else dist.new_group(ranks, use_local_synchronization=True)
-    groups[layout.home.axes[0].name] = home
+    """The process groups of every axis of every view; those of the storage mesh exist already."""
     me = list(ranks).index(dist.get_rank())
-    for axis in layout.tokens.axes if layout.tokens != layout.home else ():
-        for members in layout.tokens.groups(axis.name):
-            if me in members:
+    everyone = ranks == list(range(dist.get_world_size()))
+    made: dict[tuple[int, ...], Any] = {}
+    for axis in layout.storage.axes:
+        made[_members(layout.storage, axis.name, me)] = storage_mesh.get_group(axis.name)
+    if everyone:
+        made[tuple(range(len(ranks)))] = dist.group.WORLD
+    groups: dict[str, Any] = {}
+    for view in layout.views:
+        for axis in view.axes:
+            members = _members(view, axis.name, me)
+            if members not in made:
                 own = [ranks[i] for i in members]
-                groups[axis.name] = dist.new_group(own, use_local_synchronization=True)
+                made[members] = dist.new_group(own, use_local_synchronization=True)
+            groups[axis.name] = made[members]
     return Communicator(layout, me, groups)
+
+
+def _members(view: View, axis: str, rank: int) -> tuple[int, ...]:
+    """The ranks that differ from this one only along an axis."""
+    return next(tuple(group) for group in view.groups(axis) if rank in group)
 
 
 def _make_equal(tensors: Mapping[str, Tensor], group: Any, device: torch.device) -> None:

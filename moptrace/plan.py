@@ -10,8 +10,8 @@ from moptrace.placement import Layout
 __all__ = ["Plan"]
 
 # Names of mesh dimensions, and the sizes of the plan that they set. Data parallel sizes follow.
-_MESH_NAMES = {"tp": "tp", "cp": "cp", "pp": "pp", "ep": "ep", "etp": "etp", "vp": "vp"}
-_DATA_NAMES = ("dp", "dp_replicate", "dp_shard", "fsdp", "edp", "efsdp", "world")
+_MESH_NAMES = ("tp", "cp", "pp", "ep", "etp", "vp", "dp_replicate")
+_DATA_NAMES = ("dp", "dp_shard", "fsdp", "edp", "efsdp", "vdp", "world")
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,13 @@ class Plan:
 
     ``ep``: ranks that share the experts of a layer between them; by default the largest divisor of
     W that no layer has fewer experts than, preferring one that divides the experts evenly.
-    ``vp``: ranks that share the vocabulary weight; by default all. ``edp``: what the ranks with the
-    same experts do with them, ``"shard"`` (gather before use) or ``"replicate"``.
+    ``edp``: what the ranks with the same experts do with them, ``"shard"`` (gather before use) or
+    ``"replicate"``.
+    ``tp``: ranks that share the heads and hidden units of each layer (tensor parallel); outside of
+    these, they share the tokens of each sequence.
+    ``vp``: ranks that share the weight of the vocabulary; by default all.
+    ``dp_replicate``: groups of ranks of which each holds all of the dense weights (HSDP); by
+    default one.
     ``logits_bytes``: the largest logits that a rank holds whole; where its tokens have larger ones,
     the loss is taken from blocks of them, and the model's logits output is ``None`` in training
     unless ``keep_logits``.
@@ -29,8 +34,8 @@ class Plan:
     a rank fetches the rows of its tokens, from the ranks that have them.
     ``cp``: ranks that share the tokens of each sequence (context parallel), and ``context`` how
     attention reaches the others' tokens: ``"ulysses"``, ``"ring"`` or ``"gather"``.
-    ``tp``, ``pp`` and ``etp`` (tensor, pipeline, expert tensor parallel) are 1: larger sizes are
-    refused until their passes exist.
+    ``pp`` and ``etp`` (pipeline, expert tensor parallel) are 1: larger sizes are refused until
+    their passes exist.
 
     >>> Plan(ep=2).resolve(world_size=4, experts=[8]).ep
     2
@@ -42,6 +47,7 @@ class Plan:
     ep: int | None = None
     etp: int = 1
     vp: int | None = None
+    dp_replicate: int = 1
     edp: str = "shard"
     context: str = "ulysses"
     logits_bytes: int = 64 << 20
@@ -53,16 +59,16 @@ class Plan:
 
         Raises PlanError, with the plans that would fit, where a size does not divide W.
         """
-        for name in ("tp", "pp", "etp"):
+        for name in ("pp", "etp"):
             if getattr(self, name) != 1:
                 raise PlanError(
                     f"{name}={getattr(self, name)} is not available yet; leave {name}=1. "
-                    "Data, context, expert and sharded-parameter parallelism are."
+                    "Data, tensor, context, expert and sharded-parameter parallelism are."
                 )
         if self.edp not in ("shard", "replicate"):
             raise PlanError(f"edp is 'shard' or 'replicate', not {self.edp!r}")
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        for name in ("ep", "vp", "cp"):
+        for name in ("ep", "vp", "cp", "tp", "dp_replicate"):
             size = getattr(self, name)
             if size is not None and size not in divisors:
                 fitting = ", ".join(f"Plan({name}={d})" for d in divisors)
@@ -70,18 +76,34 @@ class Plan:
                     f"{name}={size} does not divide the {world_size} ranks of the mesh. "
                     f"These would: {fitting}"
                 )
-        if self.vp not in (None, world_size):
+        for name in ("cp", "dp_replicate"):
+            size, rest = getattr(self, name), world_size // self.tp
+            if rest % size:
+                raise PlanError(
+                    f"tp={self.tp} leaves {rest} of the {world_size} ranks, and {name}={size} does "
+                    f"not divide them; choose sizes with tp * {name} dividing {world_size}"
+                )
+        vp = self.vp or world_size
+        if self.cp * self.tp > 1 and vp not in (own := (self.tp, self.cp * self.tp, world_size)):
             raise PlanError(
-                f"vp={self.vp}: the vocabulary weight is sharded over all {world_size} ranks so "
-                f"far; write vp={world_size} or leave it out"
+                f"vp={vp} does not go with tp={self.tp} and cp={self.cp}: ranks that share the "
+                f"vocabulary are those that share sequences, or all. These would: "
+                + ", ".join(f"Plan(vp={size})" for size in dict.fromkeys(own))
             )
         ep = self.ep if self.ep is not None else _default_ep(divisors, experts)
-        return replace(self, ep=ep, vp=world_size)
+        return replace(self, ep=ep, vp=vp)
 
     def layout(self, world_size: int) -> Layout:
         """The views of the ranks under a resolved plan."""
         assert self.ep is not None, "resolve the plan first"
-        return Layout.of(world_size, self.ep, self.cp)
+        return Layout.of(
+            world_size,
+            self.ep,
+            self.cp,
+            tp=self.tp,
+            vp=self.vp,
+            dp_replicate=self.dp_replicate,
+        )
 
     @classmethod
     def from_mesh(cls, names: tuple[str, ...] | None, sizes: tuple[int, ...]) -> Plan:
@@ -93,7 +115,7 @@ class Plan:
         asked: dict[str, int] = {}
         for name, size in zip(names or (), sizes, strict=False):
             if name in _MESH_NAMES:
-                asked[_MESH_NAMES[name]] = size
+                asked[name] = size
             elif name not in _DATA_NAMES:
                 known = ", ".join((*_MESH_NAMES, *_DATA_NAMES))
                 raise PlanError(

@@ -20,7 +20,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,8 +47,11 @@ class Rule:
     result carries are added up (else they must stay whole). ``average`` says that they are
     averaged: the local result must be divided by the number of ranks. ``random`` marks operators
     that draw numbers. ``counts`` is the operand that says how many rows each expert has.
+    ``added`` are operands that are added once to a sum over a factor they lack, such as a bias:
+    where that factor is split, each rank must hold a term of them.
     ``together`` are factors of which splitting one splits the last too: the local operator takes
-    what it has of the one to the other (``rings.py``).
+    what it has of the one to the other (``rings.py``). ``suffices`` says that an operand with all
+    of the last factor will do as well.
     """
 
     operands: tuple[Dims, ...]
@@ -59,7 +62,9 @@ class Rule:
     average: bool = False
     random: bool = False
     counts: int | None = None
+    added: frozenset[int] = frozenset()
     together: tuple[str, ...] | None = None
+    suffices: bool = False
     quantum: dict[str, int] = field(default_factory=dict)
 
     def splittable(self, factor: str, parts: int, blocks: int = 1) -> bool:
@@ -70,10 +75,6 @@ class Rule:
         if not self.summed and factor not in kept:
             return False
         return self.quantum.get(factor, 0) % (parts * blocks) == 0
-
-    def travels(self, dim: int) -> bool:
-        """Whether splitting this dimension of the first result splits two factors together."""
-        return self.together is not None and self.results[0][dim] in self.together[:-1]
 
     @property
     def has_tokens(self) -> bool:
@@ -501,8 +502,7 @@ def spelled(pattern: str, linear: set[int], summed: bool = True) -> Callable[[fx
 
 def linear(node: fx.Node) -> Rule:
     if len(operands(node)) == 3:
-        # The bias is added once, so the contracted factor must stay whole.
-        return spelled("...K, nK, n -> ...n", set())(node)
+        return replace(spelled("...k, nk, n -> ...n", set())(node), added=frozenset({2}))
     return spelled("...k, nk -> ...n", {0, 1})(node)
 
 
@@ -520,7 +520,8 @@ def matmul(node: fx.Node) -> Rule:
 
 def addmm(node: fx.Node) -> Rule:
     bias, result = _shape(operands(node)[0]), roles.tensor(node).shape
-    return Rule((_broadcast(bias, result, ("m", "n")), ("m", "K"), ("K", "n")), (("m", "n"),))
+    ins = (_broadcast(bias, result, ("m", "n")), ("m", "k"), ("k", "n"))
+    return Rule(ins, (("m", "n"),), summed=True, added=frozenset({0}))
 
 
 def einsum(node: fx.Node) -> Rule | None:
@@ -753,12 +754,15 @@ def vocab_projection(node: fx.Node) -> Rule:
         (("n",),) * 3,
         whole=frozenset({"v"}),
         together=("n", "v"),
+        suffices=True,
     )
 
 
 def embedding_rows(node: fx.Node) -> Rule:
     ids = tuple(f"i{d}" for d in range(len(_shape(operands(node)[1]))))
-    return Rule((("v", "D"), ids), ((*ids, "D"),), whole=frozenset({"v"}), together=(*ids, "v"))
+    words = frozenset({"v"})
+    together = (*ids, "v")
+    return Rule((("v", "D"), ids), ((*ids, "D"),), whole=words, together=together, suffices=True)
 
 
 def constant(node: fx.Node) -> Rule:

@@ -46,7 +46,8 @@ class ModelSpec:
     gating: str = "swiglu"
     biases: bool = False
     shared: str = ""
-    attention: bool = False
+    attention: str = ""
+    heads: int = 2
     tied: bool = False
     balance: float = 0.0
     seed: int = 0
@@ -307,22 +308,77 @@ class _Norm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int):
+HEAD = 2  # elements of a head
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, HEAD)).transpose(1, 2)
+
+
+class _FusedAttention(nn.Module):
+    """One product for queries, keys and values."""
+
+    def __init__(self, spec: ModelSpec):
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width, bias=False)
+        self.qkv = nn.Linear(spec.width, 3 * spec.heads * HEAD)
+        self.out = nn.Linear(spec.heads * HEAD, spec.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        q, k, v = (_heads(y) for y in self.qkv(x).chunk(3, -1))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(mixed.transpose(1, 2).flatten(-2))
+
+
+class _GroupedAttention(nn.Module):
+    """A head of keys for every two of queries, or one for all; both normed; a bias at the end."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.groups = spec.heads // 2 if spec.heads % 2 == 0 else 1
+        self.q = nn.Linear(spec.width, spec.heads * HEAD)
+        self.kv = nn.Linear(spec.width, 2 * self.groups * HEAD, bias=False)
+        self.norm = _Norm(HEAD)
+        self.out = nn.Linear(spec.heads * HEAD, spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = (_heads(y) for y in self.kv(x).chunk(2, -1))
+        q, k = self.norm(_heads(self.q(x))), self.norm(k)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(mixed.transpose(1, 2).flatten(-2))
+
+
+class _LatentAttention(nn.Module):
+    """Queries and keys from a small latent, a part of each key shared by all heads, and sinks."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        wide = spec.heads * HEAD
+        self.down, self.norm = nn.Linear(spec.width, 3, bias=False), _Norm(3)
+        self.q, self.kv = nn.Linear(3, 2 * wide), nn.Linear(3, 2 * wide)
+        self.shared = nn.Linear(spec.width, HEAD)
+        self.sinks = nn.Parameter(torch.randn(spec.heads))
+        self.out = nn.Linear(wide, spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads, latent = len(self.sinks), self.norm(self.down(x))
+        q = self.q(latent).unflatten(-1, (heads, -1)).transpose(1, 2)
+        k, v = (_heads(y) for y in self.kv(latent).chunk(2, -1))
+        shared = self.shared(x).unsqueeze(1).expand(-1, heads, -1, -1)
+        scores = q @ torch.cat([k, shared], -1).transpose(-1, -2)
+        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+        sinks = self.sinks.view(1, -1, 1, 1).expand(len(x), -1, scores.shape[2], -1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+        return self.out((weights @ v).transpose(1, 2).flatten(-2))
+
+
+ATTENTIONS = {"fused": _FusedAttention, "grouped": _GroupedAttention, "latent": _LatentAttention}
 
 
 class _Layer(nn.Module):
     def __init__(self, spec: ModelSpec, kind: str):
         super().__init__()
-        self.attention = _Attention(spec.width) if spec.attention else None
+        self.attention = ATTENTIONS[spec.attention](spec) if spec.attention else None
         self.norm = _Norm(spec.width)
         self.block = STYLES[spec.style](spec) if kind == "moe" else _Expert(spec)
 
@@ -400,7 +456,8 @@ def model_specs(styles: tuple[str, ...] = tuple(STYLES)) -> SearchStrategy[Model
             gating=draw(st.sampled_from(list(GATINGS))),
             biases=draw(st.booleans()),
             shared=draw(st.sampled_from(["", "plain", "gated"])),
-            attention=draw(st.booleans()),
+            attention=draw(st.sampled_from(["", *ATTENTIONS])),
+            heads=draw(st.sampled_from([2, 4, 1, 3])),
             tied=draw(st.booleans()),
             balance=draw(st.sampled_from([0.0, 0.1])),
             seed=draw(st.integers(0, 9)),
@@ -422,16 +479,28 @@ def meshes(batch_size: int = 24, largest: int = 8) -> SearchStrategy[int]:
 def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
     """Plans for this many ranks and sequences of this length, resolved.
 
-    Every ``ep`` and every ``cp`` that divides the length, each way to attend, experts alike or
-    sharded over ``edp``, the loss from whole logits or from blocks of them, embeddings gathered or
-    looked up where their rows are.
+    Every ``ep``, every ``cp * tp`` that divides the length, each way to attend, the vocabulary over
+    all ranks or some, dense weights copied or not, experts alike or sharded over ``edp``, the loss
+    from whole logits or from blocks of them, embeddings gathered or looked up where their rows are.
     """
     st = _hypothesis()
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+
+    def shared(tp: int) -> list[int]:
+        return [d for d in divisors if world_size % (d * tp) == 0]
+
+    @st.composite
+    def tokens(draw: Any) -> dict[str, int]:
+        tp = draw(st.sampled_from([d for d in divisors if length % d == 0]))
+        cp = draw(st.sampled_from([d for d in shared(tp) if length % (d * tp) == 0]))
+        words = divisors if cp * tp == 1 else sorted({tp, cp * tp, world_size}, reverse=True)
+        copies = draw(st.sampled_from(shared(tp)))
+        return {"tp": tp, "cp": cp, "vp": draw(st.sampled_from(words)), "dp_replicate": copies}
+
     return st.builds(
-        lambda **fields: Plan(**fields).resolve(world_size, []),
+        lambda tokens, **fields: Plan(**tokens, **fields).resolve(world_size, []),
+        tokens(),
         ep=st.sampled_from(divisors),
-        cp=st.sampled_from([d for d in divisors if length % d == 0]),
         context=st.sampled_from(["ulysses", "ring", "gather"]),
         edp=st.sampled_from(["shard", "replicate"]),
         logits_bytes=st.sampled_from([0, Plan.logits_bytes]),

@@ -153,7 +153,7 @@ class SimulatedRanks:
             if node.op == "placeholder":
                 placement = roles.placement(node)
                 assert placement is not None, f"%{node.name} is not placed"
-                stored = placement.expressed_in(program.layout.experts)
+                stored = placement.expressed_in(program.layout.storage)
                 self._held[node.name] = stored or placement
         wholes = {p.name: state.stack(p, whole) for p in self.signature.parameters}
         wholes |= {b.name: whole[b.fqn] for b in self.signature.buffers}

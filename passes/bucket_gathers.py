@@ -5,14 +5,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
 from moptrace import roles
-from moptrace.core import Level, Pass, Program
+from moptrace.core import Level, Pass, Program, erase_dead
 from moptrace.kernels.packing import packed_length
-from moptrace.placement import Layout, Placement, Shard
+from moptrace.placement import INVARIANT, Layout, Placement, Shard
 from moptrace.rules import Rule
 
 __all__ = ["bucket_gathers"]
@@ -25,7 +26,8 @@ def bucket_gathers(size: int = 64 << 20) -> Pass:
 
     The shards are packed into one buffer, the buffer is gathered, and the whole parameters are
     unpacked where the first of them is needed. Backward, by the transposes, packs the gradients
-    and reduce-scatters them once. A bucket has one axis and one dtype. Weights of experts, which
+    and reduce-scatters them once, and adds up those of copies once. A bucket has one axis and one
+    dtype. Weights of experts, which
     stay split along ``ep`` after the gather, are large already and keep their own collectives.
 
     Requires: a local program. Ensures: the same values; fewer, larger collectives.
@@ -46,10 +48,11 @@ def bucket_gathers(size: int = 64 << 20) -> Pass:
 
 @dataclass(frozen=True)
 class _Gather:
-    """One ``all_gather`` of a parameter."""
+    """One ``all_gather`` of a parameter; ``copies`` is the axis along which shards are copied."""
 
     node: fx.Node
     shard: fx.Node
+    copies: str | None
     axis: str
     dim: int
     length: int
@@ -59,16 +62,19 @@ class _Gather:
         return list(roles.tensor(self.node).shape)
 
 
+_Key: TypeAlias = tuple[str, str | None, torch.dtype]
+
+
 def _buckets(graph: fx.Graph, size: int) -> Iterator[list[_Gather]]:
     """Gathers of one axis and dtype in program order, cut where a bucket is full."""
-    filling: dict[tuple[str, torch.dtype], list[_Gather]] = {}
-    bytes_: dict[tuple[str, torch.dtype], int] = {}
+    filling: dict[_Key, list[_Gather]] = {}
+    bytes_: dict[_Key, int] = {}
     for node in graph.nodes:
         gather = _gather(node)
         if gather is None:
             continue
         whole = roles.tensor(node)
-        key = (gather.axis, whole.dtype)
+        key = (gather.axis, gather.copies, whole.dtype)
         filling.setdefault(key, []).append(gather)
         bytes_[key] = bytes_.get(key, 0) + whole.numel() * whole.element_size()
         if bytes_[key] >= size:
@@ -83,9 +89,12 @@ def _gather(node: fx.Node) -> _Gather | None:
     shard, axis, dim, length = node.args
     assert isinstance(shard, fx.Node) and isinstance(axis, str)
     assert isinstance(dim, int) and isinstance(length, int)
+    copies = None
+    if shard.target is ops.vary.default:
+        shard, copies = shard.all_input_nodes[0], str(shard.args[1])
     if shard.op != "placeholder" or _split_elsewhere(node):
         return None
-    return _Gather(node, shard, axis, dim, length)
+    return _Gather(node, shard, copies, axis, dim, length)
 
 
 def _split_elsewhere(node: fx.Node) -> bool:
@@ -105,12 +114,18 @@ def _merge(graph: fx.Graph, bucket: list[_Gather], layout: Layout) -> None:
     numels = [packed_length(*entry) for entry in zip(shapes, dims, sizes, strict=True)]
     own, total = sum(numels), sum(numels) * parts
     whole_placement = roles.placement(first.node)
+    whole_placement = whole_placement and layout.said_along(whole_placement, axis)
     assert whole_placement is not None
     flat_placement = whole_placement.with_kind(axis, Shard(0))
     example = roles.tensor(first.node)
     with graph.inserting_before(first.node):
         flat = graph.call_function(ops.pack.default, ([g.shard for g in bucket], numels))
         _describe(flat, first, example.new_empty(own), (flat_placement,), _pack_rule(bucket))
+        if first.copies is not None:
+            held = flat_placement.with_kind(first.copies, INVARIANT)
+            roles.set_role(flat, placements=(held,))
+            flat = graph.call_function(ops.vary.default, (flat, first.copies))
+            _describe(flat, first, example.new_empty(own), (flat_placement,), None)
         gathered = graph.call_function(ops.all_gather.default, (flat, axis, 0, total))
         _describe(gathered, first, example.new_empty(total), (whole_placement,), None)
         args = (gathered, parts, shapes, dims, sizes)
@@ -125,6 +140,7 @@ def _merge(graph: fx.Graph, bucket: list[_Gather], layout: Layout) -> None:
             gather.node.replace_all_uses_with(item)
     for gather in bucket:
         graph.erase_node(gather.node)
+    erase_dead(graph)
 
 
 def _describe(

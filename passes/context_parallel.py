@@ -17,7 +17,7 @@ from moptrace.passes.axes import argument, shape
 from moptrace.placement import Layout, Shard, chunk_sizes
 from moptrace.reshard import constrain
 
-__all__ = ["context_parallel"]
+__all__ = ["HEADS", "TOKENS", "call", "context_parallel", "exchange_heads", "repeat_heads"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 HEADS, TOKENS = 1, 2  # dimensions of [B, h, T, d]
@@ -49,18 +49,27 @@ def context_parallel(layout: Layout, how: str = "ulysses") -> Pass:
         graph, _ = program.copy_graph()
         found = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default]
         for node in found:
-            enough = len(shape(node)) == 4 and min(_heads_of_ranks(node, sizes["cp"])) > 0
+            apart = sizes["tp"] if _splits_heads(node) else 1
+            enough = len(shape(node)) == 4 and _suffice(node, sizes["cp"], apart)
             if _is_plain(node) and (how == "ring" or not enough):
                 _ring(node)
             elif enough:
-                _exchange_heads(node, sizes["cp"])
+                exchange_heads(node, "cp", sizes["cp"], apart)
         return program.with_graph(graph) if found else program
 
     return Pass("context_parallel", rewrite, (("how", how),), takes=(Level.CANONICAL,))
 
 
-def _heads_of_ranks(node: fx.Node, ranks: int) -> tuple[int, ...]:
-    return chunk_sizes(shape(node)[HEADS], (ranks,))
+def _splits_heads(node: fx.Node) -> bool:
+    """Whether the heads are split over ``tp`` already."""
+    query: Any = node.args[0]
+    return query.target is constrain and query.args[1:] == ("tp", str(Shard(HEADS)))
+
+
+def _suffice(node: fx.Node, ranks: int, blocks: int) -> bool:
+    """Whether each rank gets a head; of each block of heads, where they have blocks."""
+    heads = shape(node)[HEADS] // blocks
+    return heads % ranks == 0 if blocks > 1 else min(chunk_sizes(heads, (ranks,))) > 0
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -73,7 +82,7 @@ def _ring(node: fx.Node) -> None:
     width = shape(node.args[0])[-1]  # type: ignore[arg-type]
     scale = argument(node, 6, "scale") or 1 / math.sqrt(width)
     causal = bool(argument(node, 5, "is_causal", False))
-    both = _call(node, ops.attention.default, *node.args[:3], causal, scale)
+    both = call(node, ops.attention.default, *node.args[:3], causal, scale)
     with node.graph.inserting_before(node):
         out = node.graph.call_function(operator.getitem, (both, 0))
     roles.set_value(out, roles.value(both)[0])
@@ -82,33 +91,35 @@ def _ring(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _exchange_heads(node: fx.Node, ranks: int) -> None:
+def exchange_heads(node: fx.Node, axis: str, ranks: int, blocks: int = 1) -> None:
+    """Attention on all tokens of some of the heads: of each of the ``blocks`` that others split."""
     query, key, value, *rest = node.args
     heads, groups = shape(query)[HEADS], shape(key)[HEADS]  # type: ignore[arg-type]
-    if heads != groups and (groups % ranks or heads % ranks):
-        key, value = (_repeated(node, x, heads // groups) for x in (key, value))
+    if heads != groups and (groups % (ranks * blocks) or heads % (ranks * blocks)):
+        key, value = (repeat_heads(node, x, heads // groups) for x in (key, value))
         node.update_kwarg("enable_gqa", False)
         rest = [*rest[:4]]
-    split = [_call(node, constrain, x, "cp", str(Shard(HEADS))) for x in (query, key, value)]
+    kind = str(Shard(HEADS, blocks))
+    split = [call(node, constrain, x, axis, kind) for x in (query, key, value)]
     node.args = (*split, *rest)
     users = list(node.users)
     with node.graph.inserting_after(node):
-        back = node.graph.call_function(constrain, (node, "cp", str(Shard(TOKENS))))
+        back = node.graph.call_function(constrain, (node, axis, str(Shard(TOKENS))))
     roles.set_value(back, roles.value(node))
     roles.copy_role(back, of=node)
     for user in users:
         user.replace_input_with(node, back)
 
 
-def _repeated(node: fx.Node, x: Any, times: int) -> fx.Node:
+def repeat_heads(node: fx.Node, x: Any, times: int) -> fx.Node:
     """Keys or values of grouped heads, once for each head."""
     batch, groups, tokens, width = shape(x)
-    apart = _call(node, aten.unsqueeze.default, x, 2)
-    wide = _call(node, aten.expand.default, apart, [batch, groups, times, tokens, width])
-    return _call(node, aten.reshape.default, wide, [batch, groups * times, tokens, width])
+    apart = call(node, aten.unsqueeze.default, x, 2)
+    wide = call(node, aten.expand.default, apart, [batch, groups, times, tokens, width])
+    return call(node, aten.reshape.default, wide, [batch, groups * times, tokens, width])
 
 
-def _call(node: fx.Node, op: Any, *args: Any) -> fx.Node:
+def call(node: fx.Node, op: Any, *args: Any) -> fx.Node:
     with node.graph.inserting_before(node):
         new = node.graph.call_function(op, args)
     roles.set_value(new, op(*pytree.tree_map_only(fx.Node, roles.value, args)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from moptrace.core import Pass, chain
 from moptrace.passes.bucket_gathers import bucket_gathers
 from moptrace.passes.classify import classify
@@ -13,6 +15,9 @@ from moptrace.passes.normalize_losses import normalize_losses
 from moptrace.passes.place import place
 from moptrace.passes.raise_experts import raise_experts
 from moptrace.passes.shard_parameters import shard_batch, shard_parameters
+from moptrace.passes.tensor_parallel import tensor_parallel
+from moptrace.passes.vocabulary_parallel import vocabulary_parallel
+from moptrace.placement import Placement
 from moptrace.plan import Plan
 
 __all__ = ["canonical", "default", "sharded"]
@@ -33,14 +38,24 @@ def canonical() -> Pass:
     )
 
 
-def sharded(plan: Plan, world_size: int, keep_logits: bool = False) -> Pass:
-    """From the canonical program to the local one, under a resolved plan for W ranks."""
+def sharded(
+    plan: Plan,
+    world_size: int,
+    keep_logits: bool = False,
+    stored: Mapping[str, Placement] | None = None,
+) -> Pass:
+    """From the canonical program to the local one, under a resolved plan for W ranks.
+
+    ``stored`` are the placements of parameters that exist already, by name.
+    """
     layout = plan.layout(world_size)
     return chain(
+        tensor_parallel(layout),
         context_parallel(layout, plan.context),
         fuse_vocabulary(plan.logits_bytes * world_size, keep_logits or plan.keep_logits),
         fuse_embedding(world_size, plan.embedding_bytes),
-        shard_parameters(layout, plan.edp),
+        vocabulary_parallel(layout),
+        shard_parameters(layout, plan.edp, stored),
         shard_batch(layout),
         place(),
         localize(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from moptrace import roles
 from moptrace.collectives import COLLECTIVES, conversion
 from moptrace.core import Level, Pass, Program
 from moptrace.errors import PlacementError
+from moptrace.infer import travels
 from moptrace.placement import (
     PARTIAL,
     Kind,
@@ -20,12 +21,14 @@ from moptrace.placement import (
     Placement,
     Rows,
     Shard,
+    View,
+    own_blocks,
     parse_kind,
 )
 from moptrace.random import draw
 from moptrace.reshard import reshard, route
 from moptrace.rings import RINGS
-from moptrace.rules import Rule, argument
+from moptrace.rules import Rule, argument, operands
 
 __all__ = ["local_shape", "localize"]
 
@@ -134,8 +137,8 @@ class _Localizer:
             dim = argument(node, 2, "dim", 0)
             lengths = [piece.shape[dim] for piece in roles.value(new)]
             new.update_arg(1, lengths[0] if packet is aten.split else lengths)
-        if packet in (aten.view, aten._unsafe_view) and self.layout.tokens != self.layout.home:
-            new.target = aten.reshape.default  # part of a sequence lies otherwise in memory
+        if packet in (aten.view, aten._unsafe_view):
+            new.target = aten.reshape.default  # a part of a value may lie otherwise in memory
         at = _SIZE_ARGUMENT.get(packet)
         placement = roles.placement(node)
         if packet is aten.squeeze:  # a split dimension may have become 1 as well
@@ -177,23 +180,38 @@ class _Localizer:
 
     def _ring(self, node: fx.Node, new: fx.Node, rule: Rule | None) -> None:
         """An operator whose operands are split twice over one axis travels around it."""
-        placement = roles.placements(node)[0]
-        assert placement is not None and rule is not None
-        axes = [
-            axis.name
-            for axis, kind in zip(placement.view.axes, placement.kinds, strict=True)
-            if isinstance(kind, Shard) and axis.size > 1 and rule.travels(kind.dim)
-        ]
+        placed = [roles.placement(x) for x in operands(node)]
+        said = [p for p in (roles.placements(node)[0], *placed) if p is not None]
+        assert rule is not None and len(said) == len(placed) + 1
+        view = self.layout.common_view(said)
+        axes: list[str] = []
+        for axis in view.axes:
+            result, *kinds = (_in(view, p).kind(axis.name) for p in said)
+            if axis.size > 1 and travels(rule, result, kinds):
+                axes.append(axis.name)
         if not axes:
             return
-        every = len(axes) == len([axis for axis in placement.view.axes if axis.size > 1])
-        if len(axes) > 1 and not every:
-            raise PlacementError(f"{node.target} would travel around {axes} ({roles.where(node)})")
-        axis = axes[0] if len(axes) == 1 else self.layout.home.axes[0].name
+        around = self.layout.spanning(view, axes)
+        if around is None:
+            raise PlacementError(
+                f"{node.target} would travel around {' and '.join(axes)}, which are no one axis of "
+                f"{self.layout} ({roles.where(node)})"
+            )
         row = RINGS[node.target]
-        lengths = row.lengths(*map(roles.value, node.all_input_nodes))
+        shared = [self._shared(x, view, axes) for x in operands(node)]
         new.target = row.op
-        new.args = (*new.args, *lengths, axis)
+        new.args = (*new.args, *row.lengths(*shared), around)
+
+    def _shared(self, x: fx.Node, view: View, axes: Sequence[str]) -> Tensor:
+        """A tensor as large as what the ranks along some axes have of it together."""
+        placement = roles.placement(x)
+        assert placement is not None
+        shape = list(roles.tensor(x).shape)
+        for dim in range(len(shape)):
+            for other in _in(view, placement).axes_of_dim(dim):
+                if other.name not in axes and other.size > 1:
+                    shape[dim] = _divided_size(shape[dim], other.size, x)
+        return _resized(roles.tensor(x), tuple(shape))
 
     def _averaged(self, node: fx.Node, new: fx.Node, rule: Rule) -> fx.Node:
         """A mean over a split dimension: the mean of the ranks' means, all of equal size."""
@@ -224,9 +242,10 @@ class _Localizer:
             return self._call(node, aten.sum.dim_IntList, (table, [0]), None)
         name = conversion(before, after)
         assert name is not None, f"no collective from {source} to {target}"
-        split = next((k for k in (before, after) if isinstance(k, Shard) and k.blocks > 1), None)
-        if split is not None:
-            return self._blocked(node, name, axis, split)
+        for end, kind in ((x, before), (node, after)):
+            if isinstance(kind, Shard) and (blocks := own_blocks(self._said(end, axis), axis)) != 1:
+                assert blocks is not None
+                return self._blocked(node, name, axis, Shard(kind.dim, blocks))
         arguments = _arguments(name, before, after, axis, lambda dim: self._length(x, dim, axis))
         return self._call(node, COLLECTIVES[name].op, (self.new[x], *arguments), None)
 
@@ -309,8 +328,8 @@ class _Localizer:
     def _said(self, node: fx.Node, axis: str) -> Placement:
         """The node's placement in the view of an axis."""
         placement = roles.placement(node)
-        said = placement.expressed_in(self.layout.view_of(axis)) if placement else None
-        assert said is not None, f"{node.format_node()} cannot be said in the view of {axis}"
+        said = self.layout.said_along(placement, axis) if placement else None
+        assert said is not None, f"{node.format_node()} says nothing along {axis}"
         return said
 
     def _with_kind(self, node: fx.Node, axis: str, kind: Kind) -> Placement:
@@ -323,6 +342,12 @@ class _Localizer:
         roles.copy_role(new, of=node, rule=rule)
         roles.set_value(new, self._local_value(node))
         return new
+
+
+def _in(view: View, placement: Placement) -> Placement:
+    said = placement.expressed_in(view)
+    assert said is not None, f"{placement} cannot be said in {view}"
+    return said
 
 
 def _resized(value: Tensor, shape: tuple[int, ...]) -> Tensor:

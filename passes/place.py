@@ -28,6 +28,7 @@ from moptrace.placement import (
     Rows,
     Shard,
     View,
+    own_blocks,
     parse_kind,
 )
 from moptrace.reshard import constrain, reshard, route
@@ -80,8 +81,13 @@ _FILLS = {
     *(aten.zeros, aten.ones, aten.full, aten.empty),
     *(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
 }
-_REARRANGES = {aten.transpose.int, aten.t.default, aten.permute.default}
+_REARRANGES = {
+    aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
+}  # fmt: skip
 _DETACHES = {aten.detach.default}
+
+
+_ACTIVATION = 1 << 40  # elements of what carries no gradient that one of an activation outweighs
 
 
 class _Placer:
@@ -95,6 +101,7 @@ class _Placer:
         self.notes: list[str] = []
         self.differentiable: set[fx.Node] = set()
         self.of_parameters: set[fx.Node] = set()  # made of parameters alone
+        self.activations: set[fx.Node] = set()  # made of the batch, and differentiable
         self.counts: dict[fx.Node, fx.Node] = {}  # routed rows -> the counts of their dispatch
         self.tokens: dict[fx.Node, Placement] = {}  # routed rows -> how their tokens were split
         self.moved: dict[tuple[fx.Node, str, Kind], fx.Node] = {}
@@ -133,6 +140,8 @@ class _Placer:
                 self.differentiable.add(node)
         if inputs and all(x in self.of_parameters for x in inputs):
             self.of_parameters.add(node)
+        elif node in self.differentiable:
+            self.activations.add(node)
         for x in inputs:
             self._inherit(node, x)
 
@@ -147,8 +156,15 @@ class _Placer:
         """Move a value as asked; along an axis of one rank there is nothing to do."""
         x, axis, kind = node.args
         assert isinstance(x, fx.Node) and isinstance(axis, str)
-        now = self._in_view(x, self.layout.view_of(axis))
-        wanted = now.with_kind(axis, parse_kind(str(kind)))
+        placement = roles.placement(x)
+        now = self.layout.said_along(placement, axis) if placement else None
+        if now is None:
+            raise PlacementError(f"{roles.where(x)}: {placement} says nothing along {axis}")
+        wanted = now.with_kind(axis, asked := parse_kind(str(kind)))
+        if wanted != now and x in self.of_parameters and isinstance(asked, Shard):
+            for other in now.axes_of_dim(asked.dim):  # gathered on the way, so not split again
+                if other.name != axis:
+                    wanted = wanted.with_kind(other.name, REPLICATE)
         node.replace_all_uses_with(x if wanted == now else self._move(x, now, wanted, node))
         self.graph.erase_node(node)
 
@@ -168,7 +184,7 @@ class _Placer:
             rule = self._whole(node, inputs)
         view = self._view(inputs, rule)
         for position, x in enumerate(inputs):
-            inputs[position] = self._returned(x, view, before=node)
+            inputs[position] = self._sayable(x, view, before=node)
             if inputs[position] is not x:
                 _replace_operand(node, position, inputs[position])
         placed = [self._in_view(x, view) for x in inputs]
@@ -194,12 +210,18 @@ class _Placer:
             if wanted != now:
                 moved = self._move(x, now, wanted, before=node)
                 _replace_operand(node, position, moved)
-        outs = tuple(self.layout.normalised(Placement(view, tuple(kinds))) for kinds in gives)
+        outs = tuple(self._in_words(Placement(view, tuple(kinds))) for kinds in gives)
         roles.set_role(node, placements=outs, rule=rule)
         if node.target is torch.ops.moptrace.dispatch.default:
             tokens = roles.placement(operands(node)[0])
             assert tokens is not None
             self.tokens[node] = tokens
+
+    def _in_words(self, placement: Placement) -> Placement:
+        """A result's placement in the home view or that of tokens, where one can say it."""
+        found = self.layout.normalised(placement)
+        of_words = found.view == self.layout.vocabulary
+        return (found.expressed_in(self.layout.tokens) if of_words else None) or found
 
     def _whole(self, node: fx.Node, inputs: list[fx.Node]) -> Rule:
         """A rule that splits nothing, for an operator that has none."""
@@ -229,31 +251,44 @@ class _Placer:
         return Rule(dims, outs)
 
     def _weight(self, node: fx.Node) -> int:
-        return 0 if node in self.of_parameters else roles.tensor(node).numel()
+        """Activations decide how an operator is split, before masks and positions of any size."""
+        if node in self.of_parameters:
+            return 0
+        return roles.tensor(node).numel() * (_ACTIVATION if node in self.activations else 1)
 
     def _view(self, inputs: list[fx.Node], rule: Rule) -> View:
         """The view in which an operator sees its operands: that of its tokens, if it has any."""
-        views = {p.view for x in inputs if (p := roles.placement(x)) is not None}
+        placements = [p for x in inputs if (p := roles.placement(x)) is not None]
         if rule.has_tokens:
-            views |= {self.tokens[x].view for x in inputs if x in self.tokens}
-        for view in (self.layout.tokens, self.layout.experts):
-            if view in views and view != self.layout.home:
-                return view
-        return self.layout.home
+            placements += [self.tokens[x] for x in inputs if x in self.tokens]
+        return self.layout.common_view(placements)
 
-    def _returned(self, x: fx.Node, view: View, before: fx.Node) -> fx.Node:
-        """Routed rows that meet tokens return to their tokens' ranks first."""
+    def _sayable(self, x: fx.Node, view: View, before: fx.Node) -> fx.Node:
+        """An operand that a view has no words for: rows go home, the rest is gathered.
+
+        What is gathered stays split along axes that the view has too.
+        """
         placement = roles.placement(x)
         assert placement is not None, f"{x.format_node()} is not placed"
-        routed = all(isinstance(kind, Rows) for kind in placement.kinds)
-        if not routed or placement.expressed_in(view) is not None:
+        if placement.expressed_in(view) is not None:
             return x
-        home = Placement.uniform(placement.view, Rows("token"))
-        return self._move(x, placement, home, before)
+        if all(isinstance(kind, Rows) for kind in placement.kinds):
+            home = Placement.uniform(placement.view, Rows("token"))
+            return self._move(x, placement, home, before)
+        shared = {axis.name for axis in view.axes}
+        whole = REPLICATE if x in self.differentiable else INVARIANT
+        kinds = tuple(
+            kind if axis.name in shared else whole
+            for axis, kind in zip(placement.view.axes, placement.kinds, strict=True)
+        )
+        return self._move(x, placement, Placement(placement.view, kinds), before)
 
     def _in_view(self, node: fx.Node, view: View) -> Placement:
         placement = roles.placement(node)
         assert placement is not None, f"{node.format_node()} is not placed"
+        return self._said(placement, view, node)
+
+    def _said(self, placement: Placement, view: View, node: fx.Node) -> Placement:
         found = placement.expressed_in(view)
         if found is None:
             raise PlacementError(f"{roles.where(node)}: {placement} cannot be said in {view}")
@@ -262,18 +297,24 @@ class _Placer:
     # --- changes of placement ---
 
     def _move(self, x: fx.Node, now: Placement, wanted: Placement, before: fx.Node) -> fx.Node:
-        """Convert one axis after another, in the home view where both ends can be said there."""
-        changed = [w for n, w in zip(now.kinds, wanted.kinds, strict=True) if n != w]
-        gathers = all(isinstance(kind, (Replicate, Invariant)) for kind in changed)
-        if gathers and x.target in _REARRANGES and x in self.of_parameters:
+        """Convert one axis after another, in the view in which the fewest axes change."""
+        changed = [(n, w) for n, w in zip(now.kinds, wanted.kinds, strict=True) if n != w]
+        gathers = all(n != PARTIAL and isinstance(w, (Replicate, Invariant)) for n, w in changed)
+        if gathers and x.target in _REARRANGES and x not in self.activations:
             return self._move_under(x, now, wanted, before)
-        home_now, home_wanted = self.layout.normalised(now), self.layout.normalised(wanted)
-        if home_now.view == home_wanted.view:
-            now, wanted = home_now, home_wanted
-        elif self._splits_all(home_now):  # over all ranks in one order: no axis alone can say it
+        simplest = self._simplest(now)
+        now, wanted = self._shortest(x, now, wanted)
+        if len(_split_axes(simplest)) < len(_split_axes(now)) and x not in self.activations:
+            # over more ranks than any axis here has, perhaps unevenly: none alone can change it
             kind = INVARIANT if INVARIANT in wanted.kinds else REPLICATE
-            x = self._move(x, home_now, Placement.uniform(home_now.view, kind), before)
-            now = Placement.uniform(now.view, kind)
+            whole = simplest
+            for axis in _split_axes(simplest):
+                whole = whole.with_kind(axis, kind)
+            x = self._move(x, simplest, whole, before)
+            now = self._said(whole, now.view, x)
+        for axis in now.view.axes:  # before anything is gathered: so gradients are added up late
+            if (now.kind(axis.name), wanted.kind(axis.name)) == (INVARIANT, REPLICATE):
+                x, now = self._step(x, now, axis, REPLICATE, before)
         middle = _untangled(now, wanted)
         for axis in reversed(now.view.axes):  # inner slices are gathered before outer ones
             x, now = self._step(x, now, axis, middle.kind(axis.name), before)
@@ -281,9 +322,26 @@ class _Placer:
             x, now = self._step(x, now, axis, wanted.kind(axis.name), before)
         return x
 
-    def _splits_all(self, placement: Placement) -> bool:
-        """Whether all ranks split one dimension, along the one axis that has them all."""
-        return placement.view == self.layout.home and isinstance(placement.kinds[0], Shard)
+    def _shortest(
+        self, x: fx.Node, now: Placement, wanted: Placement
+    ) -> tuple[Placement, Placement]:
+        """Both ends in the words of the view in which the fewest axes change."""
+        own = [p.view for p in roles.placements(x) if p is not None]
+        views = dict.fromkeys((self.layout.home, *own, *self.layout.views))
+        said = [(now.expressed_in(view), wanted.expressed_in(view)) for view in views]
+        ways = [(a, b) for a, b in said if a is not None and b is not None]
+        return min(
+            (*ways, (now, wanted)),
+            key=lambda way: sum(
+                axis.size > 1 and a != b
+                for axis, a, b in zip(way[0].view.axes, way[0].kinds, way[1].kinds, strict=True)
+            ),
+        )
+
+    def _simplest(self, placement: Placement) -> Placement:
+        """The placement in the words of the view in which the fewest axes split it."""
+        said = (placement.expressed_in(view) for view in self.layout.views)
+        return min((p for p in said if p is not None), key=lambda p: len(_split_axes(p)))
 
     def _step(
         self, x: fx.Node, now: Placement, axis: Axis, target: Kind, before: fx.Node
@@ -301,7 +359,7 @@ class _Placer:
     def _move_under(
         self, x: fx.Node, now: Placement, wanted: Placement, before: fx.Node
     ) -> fx.Node:
-        """Gather a parameter before it is rearranged, so that its gradient has its own layout."""
+        """Gather before a value is rearranged: once for all uses, and gradients in its layout."""
         key = (x, str(wanted), INVARIANT)
         if key not in self.moved:
             source = x.args[0]
@@ -330,7 +388,7 @@ class _Placer:
                 new = self.graph.node_copy(x, lambda n: n)  # each rank fills its own part
                 roles.set_role(new, rule=None)
             else:
-                step = _first_step(source, target, x)
+                step = _first_step(source, target, x, now, axis)
                 if step is not None:
                     x = self._convert(x, axis, source, step, now.with_kind(axis, step), before)
                     source = step
@@ -341,6 +399,8 @@ class _Placer:
             self.differentiable.add(new)
         if x in self.of_parameters:
             self.of_parameters.add(new)
+        if x in self.activations:
+            self.activations.add(new)
         self._inherit(new, x)
         return new
 
@@ -368,11 +428,11 @@ def _final(kind: Kind, whole: bool) -> Kind:
     return kind
 
 
-def _first_step(source: Kind, target: Kind, x: fx.Node) -> Kind | None:
+def _first_step(source: Kind, target: Kind, x: fx.Node, after: Placement, axis: str) -> Kind | None:
     """The kind to pass through where no single collective converts; None where one does."""
-    if conversion(source, target) and not _needs_whole(source, target):
+    if conversion(source, target) and not _needs_whole(source, target, after, axis):
         return None
-    for step in (INVARIANT, PARTIAL):
+    for step in (INVARIANT, PARTIAL, REPLICATE):
         if conversion(source, step) and conversion(step, target):
             return step
     kinds = f"{source} to {target}"
@@ -388,25 +448,40 @@ def _untangled(now: Placement, wanted: Placement) -> Placement:
     """
     kinds: list[Kind] = []
     for position, (have, want) in enumerate(zip(now.kinds, wanted.kinds, strict=True)):
-        outer = zip(now.kinds[:position], wanted.kinds[:position], strict=True)
-        if not isinstance(have, Shard):
-            kinds.append(have)
-        elif any(a != b and have.dim in (_split_dim(a), _split_dim(b)) for a, b in outer):
-            kinds.append(REPLICATE if want == have else want)
+        changing: set[int | None] = set()
+        for at, (a, b) in enumerate(zip(now.kinds[:position], wanted.kinds, strict=False)):
+            if a != b and not _beside(now, wanted, at):
+                changing |= {_split_dim(a), _split_dim(b)}
+        changing.discard(None)
+        if _split_dim(have) in changing:
+            kinds.append(REPLICATE if want == have or _split_dim(want) in changing else want)
         else:
-            kinds.append(want)
+            kinds.append(have if _split_dim(want) in changing else want)
     return Placement(now.view, tuple(kinds))
+
+
+def _split_axes(placement: Placement) -> list[str]:
+    pairs = zip(placement.view.axes, placement.kinds, strict=True)
+    return [axis.name for axis, kind in pairs if isinstance(kind, Shard) and axis.size > 1]
+
+
+def _beside(now: Placement, wanted: Placement, at: int) -> bool:
+    """Whether an outer axis splits, before and after, no more than what inner ranks hold."""
+    axis = now.view.axes[at].name
+    ends = [p for p in (now, wanted) if isinstance(p.kind(axis), Shard)]
+    return all(own_blocks(p, axis) is not None for p in ends)
 
 
 def _split_dim(kind: Kind) -> int | None:
     return kind.dim if isinstance(kind, Shard) else None
 
 
-def _needs_whole(source: Kind, target: Kind) -> bool:
+def _needs_whole(source: Kind, target: Kind, after: Placement, axis: str) -> bool:
     """Whether a change of split cannot be an exchange: of blocks, or along one dimension."""
     if not (isinstance(source, Shard) and isinstance(target, Shard)):
         return False
-    return source.dim == target.dim or source.blocks > 1 or target.blocks > 1
+    ends = (after.with_kind(axis, source), after)
+    return source.dim == target.dim or any(own_blocks(end, axis) != 1 for end in ends)
 
 
 def _is_fill(node: fx.Node) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,28 +12,34 @@ import torch
 from torch import fx
 
 from moptrace import roles
-from moptrace.core import Level, Parameter, Pass, Program
+from moptrace.core import Level, Pass, Program
 from moptrace.errors import PlanError
-from moptrace.placement import INVARIANT, Kind, Layout, Placement, Shard
+from moptrace.placement import INVARIANT, Kind, Layout, Placement, Shard, parse_kind
+from moptrace.reshard import constrain
 from moptrace.rules import operands, rule_for
 
 __all__ = [
+    "BATCH_DIM",
+    "batch_parts",
     "batch_sizes",
     "expert_counts",
     "expert_dims",
     "is_split",
     "shard_batch",
     "shard_parameters",
-    "storage",
 ]
 
 
-def shard_parameters(layout: Layout, edp: str = "shard") -> Pass:
-    """Shard every parameter over all ranks; experts over ``ep`` first.
+def shard_parameters(
+    layout: Layout, edp: str = "shard", stored: Mapping[str, Placement] | None = None
+) -> Pass:
+    """Shard every parameter over all ranks, along the dimension that its use asks for first.
 
     An expert weight is split by expert over ``ep``, and over ``edp`` along another dimension
-    (``edp="shard"``) or held alike there (``edp="replicate"``). Every other parameter is split
-    along dimension 0 over all ranks and gathered before use; scalars are held alike.
+    (``edp="shard"``) or held alike there (``edp="replicate"``). A weight that is asked to be split
+    over an axis (``constrain``) is, and along another dimension over the other ranks. Every other
+    parameter is split along dimension 0, over all ranks or over ``dp_shard``; scalars are held
+    alike. ``stored`` says it instead, by parameter, for a model that exists already.
 
     Requires: a canonical program. Ensures: every parameter and buffer has a placement.
     """
@@ -43,7 +50,10 @@ def shard_parameters(layout: Layout, edp: str = "shard") -> Pass:
         experts = expert_dims(graph)
         for parameter in program.signature.parameters:
             node = nodes[parameter.name]
-            held = storage(parameter, experts.get(parameter.name), layout, edp)
+            held = (stored or {}).get(parameter.name)
+            if held is None:
+                asked = [("ep", dim)] if (dim := experts.get(parameter.name)) is not None else []
+                held = _storage(parameter.shape, [*asked, *_asked(node)], layout, edp)
             roles.set_role(node, placements=(layout.normalised(held),))
         for buffer in program.signature.buffers:
             alike = Placement.uniform(layout.home, INVARIANT)
@@ -54,21 +64,47 @@ def shard_parameters(layout: Layout, edp: str = "shard") -> Pass:
     return Pass("shard_parameters", rewrite, options, takes=(Level.CANONICAL,))
 
 
-def storage(
-    parameter: Parameter, expert_dim: int | None, layout: Layout, edp: str = "shard"
+def _asked(parameter: fx.Node) -> Iterator[tuple[str, int]]:
+    """The axes along which a use of a parameter asks for a split of one of its dimensions."""
+    for user in parameter.users:
+        if user.target is constrain:
+            axis, kind = str(user.args[1]), parse_kind(str(user.args[2]))
+            if isinstance(kind, Shard) and kind.blocks == 1:
+                yield axis, kind.dim
+
+
+def _storage(
+    shape: tuple[int, ...], asked: Sequence[tuple[str, int]], layout: Layout, edp: str
 ) -> Placement:
-    """How the ranks hold a parameter between its uses, in the view of the experts."""
-    view, shape = layout.experts, parameter.shape
+    """How the ranks hold a parameter between its uses."""
     if not shape:
-        return Placement.uniform(view, INVARIANT)
-    if expert_dim is None:
-        return Placement.uniform(view, Shard(0))
-    others = [d for d in range(len(shape)) if d != expert_dim]
-    beside: Kind = INVARIANT
-    if others and edp == "shard":
-        parts = view.axes[0].size
-        beside = Shard(next((d for d in others if shape[d] % parts == 0), others[0]))
-    return Placement(view, (beside, Shard(expert_dim)))
+        return Placement.uniform(layout.home, INVARIANT)
+    alike = {"dp_replicate"} | ({"edp"} if edp == "replicate" else set[str]())
+    for axis, dim in asked:
+        held = _split_first(shape, axis, dim, layout, alike)
+        if held is not None and held.expressed_in(layout.storage) is not None:
+            return held
+    kinds = (INVARIANT if axis.name in alike else Shard(0) for axis in layout.dense.axes)
+    return Placement(layout.dense, tuple(kinds))
+
+
+def _split_first(
+    shape: tuple[int, ...], axis: str, dim: int, layout: Layout, alike: set[str]
+) -> Placement | None:
+    """One dimension split over an axis, another over the rest of its view, evenly if any is."""
+    views = (layout.experts, layout.tensor, layout.vocabulary, layout.home)
+    view = next(v for v in views if any(a.name == axis for a in v.axes))
+    others = [d for d in range(len(shape)) if d != dim]
+    if not others and len(view.axes) > 1 and axis != "ep":
+        return None
+    parts = math.prod(a.size for a in view.axes if a.name not in {axis, *alike})
+    even = next((d for d in others if shape[d] % parts == 0), others[0] if others else None)
+    beside = INVARIANT if even is None else Shard(even)
+    kinds: list[Kind] = []
+    for entry in view.axes:
+        split = Shard(dim) if entry.name == axis else beside
+        kinds.append(INVARIANT if entry.name in alike else split)
+    return Placement(view, tuple(kinds))
 
 
 def expert_dims(graph: fx.Graph) -> dict[str, int]:
@@ -110,7 +146,7 @@ def _origins(node: Any, dim: int) -> Iterator[tuple[fx.Node, int]]:
 
 
 def shard_batch(layout: Layout) -> Pass:
-    """Split the batch: sequences over ``dp``, and the tokens of each over ``cp``.
+    """Split the batch: sequences over ``dp``, and the tokens of each over ``cp`` and ``tp``.
 
     The batch size is dimension 0 of the batch's first tensor with two dimensions or more (else of
     the first with one), and the length is its dimension 1. Every input with that dimension 0 is
@@ -122,22 +158,39 @@ def shard_batch(layout: Layout) -> Pass:
         graph, _ = program.copy_graph()
         nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
         sizes = batch_sizes([x.shape for x in program.signature.inputs])
-        for axis, size in zip(layout.tokens.axes, sizes, strict=False):
-            if axis.name != "dp" and size is not None and size % axis.size:
-                raise PlanError(
-                    f"sequences of {size} tokens cannot be split over {axis}; pad them to "
-                    f"{-(-size // axis.size) * axis.size} and ignore the padding with label -100"
-                )
+        _, parts = batch_parts(layout)
+        if sizes[1] is not None and sizes[1] % parts:
+            names = " and ".join(str(axis) for axis in layout.tokens.axes if axis.name != "dp")
+            raise PlanError(
+                f"sequences of {sizes[1]} tokens cannot be split over {names}; pad them to "
+                f"{-(-sizes[1] // parts) * parts} and ignore the padding with label -100"
+            )
         for entry in program.signature.inputs:
             kinds = tuple(
                 Shard(dim) if is_split(entry.shape, dim, sizes) else INVARIANT
-                for dim, _ in enumerate(layout.tokens.axes)
+                for dim in (BATCH_DIM[axis.name] for axis in layout.tokens.axes)
             )
             placement = layout.normalised(Placement(layout.tokens, kinds))
             roles.set_role(nodes[entry.name], placements=(placement,))
         return replace(program, graph=graph, layout=layout)
 
     return Pass("shard_batch", rewrite, (("layout", str(layout)),), takes=(Level.CANONICAL,))
+
+
+# The dimension of the batch that the ranks along an axis of the tokens' view share.
+BATCH_DIM = {"dp": 0, "cp": 1, "tp": 1}
+
+
+def batch_parts(layout: Layout) -> tuple[int, int]:
+    """Into how many parts the sequences of a batch are divided, and the tokens of each.
+
+    >>> batch_parts(Layout.of(8, cp=2, tp=2))
+    (2, 4)
+    """
+    parts = [1, 1]
+    for axis in layout.tokens.axes:
+        parts[BATCH_DIM[axis.name]] *= axis.size
+    return parts[0], parts[1]
 
 
 def batch_sizes(shapes: Sequence[tuple[int, ...]]) -> tuple[int | None, int | None]:

@@ -56,7 +56,7 @@ def test_a_plan_that_does_not_divide_the_mesh_lists_those_that_would(sizes: dict
         plan(4, **sizes)
 
 
-@pytest.mark.parametrize("size", ["tp", "pp", "etp"])
+@pytest.mark.parametrize("size", ["pp", "etp"])
 def test_a_parallelism_that_does_not_exist_is_refused(size: str) -> None:
     with pytest.raises(errors.PlanError, match=f"{size}=2 is not available"):
         plan(4, **{size: 2})

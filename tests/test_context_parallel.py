@@ -217,7 +217,8 @@ def on_a_rank(
     model = models.build(name)
     model.load_state_dict(state)
     ranks = dist.get_world_size()
-    example = {k: v[: len(v) * plan.cp // ranks, : LENGTH // plan.cp] for k, v in fed.items()}
+    parts = plan.cp * plan.tp
+    example = {k: v[: len(v) * parts // ranks, : v.shape[1] // parts] for k, v in fed.items()}
     with InFloat64():
         mesh = init_device_mesh("cpu", (ranks,))
         parallel = parallelize(model, mesh, plan, batch=example)

@@ -32,7 +32,7 @@ from moptrace.testing import (
     whole_state,
 )
 
-LENGTH = 6  # of a sequence: cp may be 1, 2, 3 or 6
+LENGTH = 12  # of a sequence: cp * tp may be any divisor
 PLANS_PER_MODEL = 6  # a model is traced once and run under several plans
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -46,14 +46,14 @@ ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
 @given(st.data())
 def test_any_model_on_any_mesh_under_any_plan_computes_the_same_step(data: st.DataObject) -> None:
     spec = data.draw(model_specs(), label="model")
-    size = data.draw(st.sampled_from([6, 8, 12]), label="sequences")
+    size = data.draw(st.sampled_from([6, 8, 12, 16]), label="sequences")
     traced, fed = (data.draw(batches(spec.vocabulary, size, LENGTH)) for _ in range(2))
     model = spec.build()
     program = canonical()(trace(model, traced))
     before, want = whole_state(model), eager_step(model, fed)
     _, weights = eager_training(model, [fed], partial(torch.optim.SGD, lr=0.1))
     for number in range(PLANS_PER_MODEL):
-        ranks = data.draw(meshes(size), label=f"ranks {number}")
+        ranks = data.draw(meshes(size, largest=16), label=f"ranks {number}")
         plan = data.draw(plans(ranks, LENGTH), label=f"plan {number}")
         local = sharded(plan, ranks)(program)
         simulated = SimulatedRanks(local, before)

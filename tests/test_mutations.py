@@ -97,7 +97,7 @@ def some_batch(seed: int, size: int = 12) -> dict[str, Tensor]:
 
 
 MOE = ModelSpec(
-    style="canonical", experts=5, biases=True, shared="gated", attention=True, balance=0.1
+    style="canonical", experts=5, biases=True, shared="gated", attention="fused", balance=0.1
 )
 SUBJECTS: dict[str, tuple[Callable[[], nn.Module], int, Plan]] = {
     "experts over all ranks": (MOE.build, 3, Plan(ep=3)),

@@ -41,7 +41,7 @@ Pools = Callable[[int], Ranks]
 
 HAND_WRITTEN = ("LoopWhere", "OneHotEinsum", "SortSlices")
 NAMES = (*models.FAMILIES, *HAND_WRITTEN)
-SMALL = ModelSpec(biases=True, shared="gated", attention=True, balance=0.1, style="loop_where")
+SMALL = ModelSpec(biases=True, shared="gated", attention="fused", balance=0.1, style="loop_where")
 
 
 def build(model: str | ModelSpec) -> nn.Module:
@@ -87,7 +87,7 @@ def traced_once(name: object) -> Iterator[None]:
     capture, canonical = ParallelModule._capture, parallel.canonical
 
     def captured(self: ParallelModule, batch: Any) -> Any:
-        key = (name, parallel._key(self.training, parallel._global(batch, self._batch_axes)))
+        key = (name, parallel._key(self.training, parallel._global(batch, self._batch_parts)))
         return _canonical_once(key, _Later(lambda: canonical()(capture(self, batch))))
 
     ParallelModule._capture = captured  # type: ignore[method-assign]

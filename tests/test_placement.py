@@ -34,7 +34,10 @@ world_sizes = st.sampled_from([1, 2, 3, 4, 6, 8])
 def layouts(draw: st.DrawFn) -> Layout:
     world_size = draw(world_sizes)
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-    return Layout.of(world_size, draw(st.sampled_from(divisors)))
+    ep, vp, tp = (draw(st.sampled_from(divisors)) for _ in range(3))
+    rest = [d for d in divisors if world_size % (tp * d) == 0]
+    cp, copies = (draw(st.sampled_from(rest)) for _ in range(2))
+    return Layout.of(world_size, ep, cp, tp=tp, vp=vp, dp_replicate=copies)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -89,6 +92,35 @@ def test_what_treats_all_ranks_alike_can_be_said_in_every_view(layout: Layout, k
     assert there is not None and there.expressed_in(layout.home) == home
 
 
+@given(layouts(), st.data())
+def test_a_placement_said_in_another_view_is_the_same_ownership(
+    layout: Layout, data: st.DataObject
+) -> None:
+    """The very same elements on every rank, wherever the sizes divide."""
+    whole = torch.arange(240 * 240).view(240, 240)
+    view = data.draw(st.sampled_from((*layout.views, layout.storage)))
+    kinds = [data.draw(st.sampled_from([Shard(0), Shard(1), INVARIANT])) for _ in view.axes]
+    placement = Placement(view, tuple(kinds))
+    for other in (*layout.views, layout.storage):
+        said = placement.expressed_in(other)
+        if said is None:
+            assert len(set(kinds)) > 1
+            continue
+        for rank in range(layout.world_size):
+            parts = (state.own_part(whole, p, rank) for p in (placement, said))
+            assert torch.equal(*parts)
+
+
+@given(layouts())
+def test_storage_is_cut_finely_enough_for_every_weight(layout: Layout) -> None:
+    """Whatever can be said in a view whose axes nest with the experts' can be stored."""
+    fine = {low for low, _ in layout.storage.spans()}
+    for view in layout.views:
+        kinds = tuple(Shard(i % 2) for i, _ in enumerate(view.axes))
+        nested = {low for low, _ in view.spans()} <= fine
+        assert (Placement(view, kinds).expressed_in(layout.storage) is not None) >= nested
+
+
 def test_what_treats_ranks_apart_belongs_to_one_view() -> None:
     layout = Layout.of(4, ep=2)
     apart = Placement(layout.experts, (Shard(1), Shard(0)))
@@ -99,6 +131,6 @@ def test_what_treats_ranks_apart_belongs_to_one_view() -> None:
 def test_views_of_different_ranks_make_no_layout() -> None:
     with pytest.raises(ValueError, match="not views of the same ranks"):
         home = View("home", (Axis("dp", 4),))
-        Layout(home, home, View("experts", (Axis("ep", 2),)))
+        Layout(home, home, home, home, home, View("experts", (Axis("ep", 2),)), home)
     with pytest.raises(ValueError, match="does not divide"):
         Layout.of(4, ep=3)

@@ -28,14 +28,25 @@ def test_every_divisor_of_the_ranks_is_a_plan(ep: int) -> None:
     assert [axis.size for axis in layout.experts.axes] == [4 // ep, ep]
 
 
-def test_the_vocabulary_is_shared_by_all_ranks() -> None:
+def test_the_vocabulary_is_shared_by_all_ranks_or_by_some() -> None:
     assert Plan().resolve(4, [8]).vp == 4
-    with pytest.raises(PlanError, match="vp=4 or leave it out"):
-        Plan(vp=2).resolve(4, [8])
+    assert Plan(vp=2).resolve(4, [8]).vp == 2
+    assert Plan(vp=2, tp=2).resolve(8, [8]).layout(8).vocabulary.size == 8
+    with pytest.raises(PlanError, match=r"These would: Plan\(vp=2\), Plan\(vp=8\)"):
+        Plan(vp=4, tp=2).resolve(8, [8])
+
+
+def test_sizes_that_leave_no_rank_over_say_so() -> None:
+    with pytest.raises(PlanError, match="tp=4 leaves 2 of the 8 ranks, and cp=4 does not divide"):
+        Plan(tp=4, cp=4).resolve(8, [8])
+    with pytest.raises(PlanError, match="dp_replicate=8 does not divide them"):
+        Plan(tp=2, dp_replicate=8).resolve(8, [8])
 
 
 def test_a_mesh_sets_sizes_by_its_names() -> None:
-    assert Plan.from_mesh(("dp_replicate", "dp_shard", "ep"), (2, 2, 4)) == Plan(ep=4)
+    sizes = ("dp_replicate", "dp_shard", "tp"), (2, 2, 4)
+    assert Plan.from_mesh(*sizes) == Plan(dp_replicate=2, tp=4)
+    assert Plan.from_mesh(("dp", "ep"), (2, 4)) == Plan(ep=4)
     assert Plan.from_mesh(None, (8,)) == Plan()
     assert Plan(edp="replicate").merged(Plan(ep=2)) == Plan(ep=2, edp="replicate")
 

@@ -49,7 +49,7 @@ WORDS = 13
 # --- models ---------------------------------------------------------------------------------------
 
 MOE = ModelSpec(
-    style="canonical", experts=5, biases=True, shared="gated", attention=True, balance=0.1
+    style="canonical", experts=5, biases=True, shared="gated", attention="fused", balance=0.1
 )
 
 
@@ -900,7 +900,7 @@ def on_rank(batch: dict[str, Tensor]) -> dict[str, Any]:
         if not parameter.stacked:
             return whole(self, held, parameter)
         held = held.to_local()  # type: ignore[attr-defined]
-        placement = self.layout.normalised(self._storage(parameter))
+        placement = self.layout.normalised(self._stored[parameter.name])
         place = collectives.COLLECTIVES["place_shard"].op
         with self._communicator:
             for axis in placement.view.axes:
