@@ -62,7 +62,7 @@ def own_shape(
     >>> own_shape((10, 3), Placement.uniform(layout.home, Shard(0)), layout, rank=3)
     (2, 3)
     """
-    stored = placement.expressed_in(layout.experts) or placement
+    stored = placement.expressed_in(layout.storage) or placement
     return tuple(own_part(torch.empty(shape, device="meta"), stored, rank).shape)
 
 

@@ -14,7 +14,7 @@ from moptrace.collectives import COLLECTIVES
 from moptrace.core import Level, Output, Pass, Program
 from moptrace.errors import PassError
 from moptrace.joint import Tape, record, splice
-from moptrace.placement import Layout, Placement, Shard
+from moptrace.placement import Shard
 from moptrace.roles import Component, Role
 
 __all__ = ["NORM", "clip_gradients"]
@@ -36,13 +36,11 @@ def clip_gradients(max_norm: float) -> Pass:
     """
 
     def rewrite(program: Program) -> Program:
-        layout = program.layout
-        assert layout is not None
         outputs = program.signature.outputs
         places = [i for i, output in enumerate(outputs) if output.gradient is not None]
         if not places:
             raise PassError(f"clip_gradients({max_norm}) found no gradients to clip")
-        held = [_axes(program, str(outputs[i].gradient), layout) for i in places]
+        held = [_axes(program, str(outputs[i].gradient)) for i in places]
 
         def clip(tape: Tape, **gradients: Tensor) -> list[Tensor]:
             tape.work_on(Role(Component.CLIPPING))
@@ -71,19 +69,12 @@ def clip_gradients(max_norm: float) -> Pass:
     return Pass("clip_gradients", rewrite, options, (Level.STEP,), needs=("differentiate",))
 
 
-def _axes(program: Program, fqn: str, layout: Layout) -> tuple[str, ...]:
+def _axes(program: Program, fqn: str) -> tuple[str, ...]:
     """The axes over which the ranks hold different elements of a parameter."""
     name = program.signature.parameter(fqn).name
     node = next(x for x in program.graph.find_nodes(op="placeholder") if x.name == name)
     placement = roles.placement(node)
     assert placement is not None
-    stored = placement.expressed_in(layout.experts) or placement
-    split = _split(stored)
-    everywhere = _split(Placement.uniform(layout.experts, Shard(0)))
-    return _split(Placement.uniform(layout.home, Shard(0))) if split == everywhere else split
-
-
-def _split(placement: Placement) -> tuple[str, ...]:
     pairs = zip(placement.view.axes, placement.kinds, strict=True)
     return tuple(a.name for a, kind in pairs if isinstance(kind, Shard) and a.size > 1)
 
