@@ -17,7 +17,7 @@ from moptrace.passes.default import canonical, sharded
 from moptrace.step import executable
 from moptrace.testing import ModelSpec, SimulatedSteps, whole_state
 
-SPEC = ModelSpec(layers=("moe", "dense"), width=8, hidden=24, experts=4, attention=True)
+SPEC = ModelSpec(layers=("moe", "dense"), width=8, hidden=24, experts=4, attention="fused")
 ADAMW = lambda named: torch.optim.AdamW(named.values(), lr=0.01)  # noqa: E731
 SGD = lambda named: torch.optim.SGD(named.values(), lr=0.01)  # noqa: E731
 

@@ -54,7 +54,7 @@ SMALL = ModelSpec(  # whose parameters four ranks divide evenly: they have one g
     experts=4,
     biases=True,
     shared="plain",
-    attention=True,
+    attention="fused",
 )
 
 
@@ -383,12 +383,20 @@ def test_a_missing_collective_is_noticed(name: str) -> None:
         assert_same_steps(simulated, Eager(model, make, 0.1), [batch_of(1)])
 
 
-@pytest.mark.parametrize("edp", ["shard", "replicate"])
-@pytest.mark.parametrize("ep", [1, 2, 4])
-def test_the_norm_counts_each_element_once(ep: int, edp: str) -> None:
+@pytest.mark.parametrize(
+    "plan",
+    [
+        *({"ep": ep, "edp": edp} for ep in (1, 2, 4) for edp in ("shard", "replicate")),
+        {"ep": 2, "tp": 2},
+        {"ep": 4, "dp_replicate": 2},
+        {"ep": 2, "vp": 2, "logits_bytes": 0},
+    ],
+    ids=str,
+)
+def test_the_norm_counts_each_element_once(plan: dict[str, Any]) -> None:
     """However its ranks hold it: a copy of an expert, or of a scalar, is no second expert."""
     model, make = SMALL.build(), all_of(partial(torch.optim.SGD, lr=0.1))
-    local = local_program(SMALL, 4, ep=ep, edp=edp)
+    local = local_program(SMALL, 4, **plan)
     simulated = SimulatedSteps(local, whole_state(model), make, math.inf)
     assert_same_steps(simulated, Eager(model, make, math.inf), [batch_of(3)])
 
