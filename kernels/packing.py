@@ -124,8 +124,30 @@ def _fake_unpack(
     return [flat.new_empty(list(shape)) for shape in shapes]
 
 
-torch.library.register_fake("moptrace::pack", _fake_pack, lib=_library)
-torch.library.register_fake("moptrace::unpack", _fake_unpack, lib=_library)
+def _fake_pack_whole(
+    wholes: Sequence[Tensor],
+    parts: int,
+    shapes: Sequence[Sequence[int]],
+    dims: Sequence[int],
+    sizes: Sequence[Sequence[int]],
+) -> Tensor:
+    lengths = [packed_length(*entry) for entry in zip(shapes, dims, sizes, strict=True)]
+    return wholes[0].new_empty(parts * sum(lengths))
+
+
+def _fake_slice_shards(
+    flat: Tensor, numels: Sequence[int], shapes: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    return [flat.new_empty(list(shape)) for shape in shapes]
+
+
+for _name, _fake in (
+    ("pack", _fake_pack),
+    ("unpack", _fake_unpack),
+    ("pack_whole", _fake_pack_whole),
+    ("slice_shards", _fake_slice_shards),
+):
+    torch.library.register_fake(f"moptrace::{_name}", _fake, lib=_library)
 
 
 def _remember_pack(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

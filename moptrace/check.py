@@ -3,7 +3,9 @@
 Four questions: is the graph in order and complete; does its signature match; does it keep to its
 level; and, once tensors are placed, do the placements add up? The last one re-derives every
 operator's demand (``infer.py``) and every collective's conversion (``collectives.py``): a missing,
-doubled or wrong collective leaves kinds that do not fit, and with them a wrong gradient.
+doubled or wrong collective leaves kinds that do not fit, and with them a wrong gradient. It is
+asked up to level local: the backward of a step is made of that program's own derivatives. Of a step
+it is asked whether every new value can take the place of the old one.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def check(program: Program) -> None:
     """Raise CheckError, with the neighbourhood of the fault, unless the program is well formed."""
     for rule in (_order, _signature, _level):
         _report(program, rule(program))
-    if program.level >= Level.PLACED:
+    if program.level >= Level.STEP:
+        _report(program, _updates(program))
+    elif program.level >= Level.PLACED:
         _report(program, _Placements(program).faults())
 
 
@@ -103,6 +107,22 @@ def _signature(program: Program) -> Faults:
     outputs = end.args[0]
     if not isinstance(outputs, tuple) or len(outputs) != len(program.signature.outputs):
         yield end, "the graph's outputs are not those of its signature"
+
+
+def _updates(program: Program) -> Faults:
+    """A new value has the shape and dtype of the input that it replaces, each replaced once."""
+    inputs = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    replaced: set[str] = set()
+    for node, output in zip(program.outputs, program.signature.outputs, strict=True):
+        if output.updates is None:
+            continue
+        if output.updates not in inputs or output.updates in replaced:
+            yield node, f"%{output.updates} is no input, or is replaced twice"
+            continue
+        replaced.add(output.updates)
+        old, new = roles.tensor(inputs[output.updates]), roles.tensor(node)
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            yield node, f"{list(new.shape)} in {new.dtype} cannot replace %{output.updates}"
 
 
 _SIDES: dict[Level, Callable[[Any], bool]] = {

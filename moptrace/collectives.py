@@ -153,6 +153,11 @@ class Collective:
             return arguments if "counts" in self.schema else arguments[:1]
         return arguments
 
+    @property
+    def moves_rows(self) -> bool:
+        """Whether routing decides the size of the result; the last argument says it if known."""
+        return "SymInt? size" in self.schema
+
 
 # --- meanings: what the ranks of a group hold, before and after -----------------------------------
 
@@ -326,13 +331,17 @@ def _run_exchange_counts(counts: Tensor, axis: str, length: int) -> Tensor:
     return out.view(len(sizes), widest)[:, :own].contiguous()
 
 
-def _run_send(rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: int) -> Tensor:
+def _run_send(
+    rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: int, size: int | None = None
+) -> Tensor:
     here, group = _axis(axis)
     out = _sums(counts, here.sizes(length, axis))
     return _all_to_all(rows, out, table.sum(1).tolist(), group)
 
 
-def _run_return(rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: int) -> Tensor:
+def _run_return(
+    rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: int, size: int | None = None
+) -> Tensor:
     here, group = _axis(axis)
     back = _sums(counts, here.sizes(length, axis))
     return _all_to_all(rows, table.sum(1).tolist(), back, group)
@@ -397,8 +406,15 @@ def _shape_counts(counts: Tensor, axis: str, length: int) -> Tensor:
     return counts.new_empty(here.size(axis), own)
 
 
-def _shape_rows(rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: int) -> Tensor:
-    received = torch.library.get_ctx().new_dynamic_size()
+def _shape_rows(
+    rows: Tensor,
+    counts: Tensor,
+    table: Tensor,
+    axis: str,
+    length: int,
+    size: int | torch.SymInt | None = None,
+) -> Tensor:
+    received = torch.library.get_ctx().new_dynamic_size() if size is None else size
     return rows.new_empty(received, *rows.shape[1:])
 
 
@@ -406,7 +422,10 @@ def _shape_rows(rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: 
 
 _PLAIN = "(Tensor x, str axis) -> Tensor"
 _SLICED = "(Tensor x, str axis, int dim, int length) -> Tensor"
-_ROWS = "(Tensor rows, Tensor counts, Tensor table, str axis, int length) -> Tensor"
+# ``size`` is the number of rows that come, where that is known already: shapes are then known too.
+_ROWS = (
+    "(Tensor rows, Tensor counts, Tensor table, str axis, int length, SymInt? size=None) -> Tensor"
+)
 _SWAP = "(Tensor x, str axis, int split, int split_length, int join, int join_length) -> Tensor"
 _COUNTS = "(Tensor counts, str axis, int length) -> Tensor"
 
@@ -479,6 +498,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     extra = [x for x in inputs[1:] if isinstance(x, Tensor)]
     ctx.save_for_backward(*extra)
     ctx.arguments = inputs[1 + len(extra) :]
+    ctx.size = inputs[0].shape[0] if inputs[0].dim() else None
 
 
 def _backward(row: Collective) -> Callable[..., Any]:
@@ -487,6 +507,8 @@ def _backward(row: Collective) -> Callable[..., Any]:
         if row.transpose is None:
             return (None, *nothing)
         arguments = row.transpose_arguments((*ctx.saved_tensors, *ctx.arguments))
+        if row.moves_rows:  # as many gradients come back as rows were sent
+            arguments = (*arguments[:4], ctx.size)
         with ctx.communicator:
             return (COLLECTIVES[row.transpose].op(gradient, *arguments), *nothing)
 

@@ -30,6 +30,7 @@ __all__ = [
     "Pass",
     "Program",
     "Signature",
+    "State",
     "chain",
     "identity",
 ]
@@ -90,14 +91,35 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """A graph output: a tensor that the model returns, or the new value of a buffer.
+class State:
+    """A graph input that is a tensor of the optimizer: a moment, a count of steps, a learning rate.
 
-    ``buffer`` is the fully qualified name of the buffer, or None for a returned tensor.
+    ``path`` is ``<parameter>.<key>``, or ``groups.<number>.lr``. ``parameter`` is the fully
+    qualified name of the parameter that the entry belongs to, None for a group's.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parameter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A graph output: a tensor that the model returns, a gradient, or a new value.
+
+    ``buffer`` is the fully qualified name of the buffer whose new value this is, ``gradient`` that
+    of the parameter whose gradient it is, and ``state_of`` that of the parameter to whose optimizer
+    state it belongs. ``updates`` is the name of the graph input that it replaces after the step:
+    None for a returned tensor, and for a state that the optimizer makes in its first step.
     """
 
     path: str
     buffer: str | None = None
+    gradient: str | None = None
+    state_of: str | None = None
+    updates: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +141,13 @@ class Signature:
     leaves: tuple[Any, ...] = field(repr=False)
     outputs_spec: TreeSpec = field(repr=False)
     results: tuple[Any, ...] = field(repr=False)
+    states: tuple[State, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the graph's placeholders, in order."""
-        return tuple(x.name for x in (*self.parameters, *self.buffers, *self.inputs))
+        entries = (*self.parameters, *self.buffers, *self.states, *self.inputs)
+        return tuple(x.name for x in entries)
 
     def parameter(self, fqn: str) -> Parameter:
         """The parameter with this fully qualified name; KeyError if there is none."""

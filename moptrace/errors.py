@@ -9,6 +9,7 @@ __all__ = [
     "PlacementError",
     "PlanError",
     "RoleError",
+    "StepError",
     "TraceError",
 ]
 
@@ -31,6 +32,10 @@ class PlacementError(MoptraceError):
 
 class PlanError(MoptraceError):
     """The plan and the mesh do not fit each other."""
+
+
+class StepError(MoptraceError):
+    """A model and its optimizer cannot be captured as one training step."""
 
 
 class PassError(MoptraceError):

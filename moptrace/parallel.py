@@ -72,7 +72,7 @@ class ParallelModule(nn.Module):
         self._argument_names = _argument_names(model)
         self._loss_fn = loss_fn
         self._programs: dict[Any, Program] = {}
-        self._runs: dict[Any, fx.GraphModule] = {}
+        self._runs: dict[Program, fx.GraphModule] = {}
         self.mesh = mesh
         self.train(model.training)
         ranks: list[int] = mesh.mesh.flatten().tolist()
@@ -141,14 +141,12 @@ class ParallelModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run this rank's part of the global batch; returns what the model returned."""
-        batch = self._named(args, kwargs)
+        batch = self.named(args, kwargs)
         leaves = pytree.tree_leaves(batch)
-        key = _key(self.training, batch)
-        self._check_batches(key)
-        if key not in self._runs:
-            self._build(key, batch)
-        run, program = self._runs[key], self._programs[key]
-        signature = program.signature
+        program = self.local_program(batch)
+        if program not in self._runs:
+            self._runs[program] = program.module(self._device)
+        run, signature = self._runs[program], program.signature
         parameters = [self.get_parameter(p.fqn) for p in signature.parameters]
         buffers = [self.get_buffer(b.fqn) for b in signature.buffers]
         tensors = [x.to(self._device) for x in leaves if isinstance(x, Tensor)]
@@ -162,7 +160,34 @@ class ParallelModule(nn.Module):
         self._program = program
         return rebuild(signature, outputs)
 
-    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def local_program(self, batch: Mapping[str, Any]) -> Program:
+        """The program that a rank runs on a batch of this shape; traced if the shape is new."""
+        key = self.traced_for(batch)
+        self._check_batches(key)
+        if key not in self._programs:
+            self._build(key, batch)
+        return self._programs[key]
+
+    def traced_for(self, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What a program is traced for: batches of which this is equal run the same one."""
+        return _key(self.training, batch)
+
+    @property
+    def communicator(self) -> Communicator:
+        """The process groups of this rank."""
+        return self._communicator
+
+    @property
+    def rank(self) -> int:
+        """This rank's number on the mesh."""
+        return self._communicator.rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._device
+
+    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments by name, so that a call is the same however it is written."""
         if len(args) > len(self._argument_names):
             raise TypeError(f"forward takes {self._argument_names}, got {len(args)} values")
@@ -189,16 +214,14 @@ class ParallelModule(nn.Module):
 
     def _build(self, key: Any, batch: Mapping[str, Any]) -> None:
         started = time.monotonic()
-        program = self._sharded(canonical()(self._capture(batch)))
-        self._programs[key] = program
-        self._runs[key] = program.module(self._device)
+        self._programs[key] = self._sharded(canonical()(self._capture(batch)))
         log.info("traced a new input shape in %.1f s: %s", time.monotonic() - started, key)
-        if len(self._runs) == MANY_SHAPES:
+        if len(self._programs) == MANY_SHAPES:
             warnings.warn(
                 f"{MANY_SHAPES} input shapes were traced, and every further one costs a trace. "
                 "Pad the sequences to a few lengths, or sort them into buckets by length.",
                 ManyShapesWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _sharded(self, program: Program) -> Program:

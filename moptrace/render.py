@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, fx
 
 from moptrace import roles
-from moptrace.core import Buffer, Input, Level, Parameter, Program
+from moptrace.core import Buffer, Input, Level, Parameter, Program, State
 from moptrace.fold import runs, wired_alike
 from moptrace.placement import Invariant, Partial, Placement, Rows, Shard
 from moptrace.random import draw
@@ -253,7 +253,7 @@ class Line:
     heading: str = ""
 
 
-Entry: TypeAlias = Parameter | Buffer | Input
+Entry: TypeAlias = Parameter | Buffer | State | Input
 
 
 class Writer:
@@ -262,7 +262,12 @@ class Writer:
     def __init__(self, program: Program, short: bool = False):
         self.level, self.short = program.level, short
         signature = program.signature
-        entries = (*signature.parameters, *signature.buffers, *signature.inputs)
+        entries = (
+            *signature.parameters,
+            *signature.buffers,
+            *signature.states,
+            *signature.inputs,
+        )
         self.entries: dict[str, Entry] = {x.name: x for x in entries}
 
     def __call__(self, node: fx.Node, sign: str = " ", remark: str = "") -> Line:
@@ -297,7 +302,7 @@ def _entry_words(entry: Entry | None) -> Iterator[str]:
                 yield f"also {', '.join(entry.aliases)}"
             if not entry.persistent:
                 yield "not saved"
-        case Input():
+        case Input() | State():
             yield entry.path
         case None:
             return
@@ -322,6 +327,8 @@ def _tags(node: fx.Node) -> Iterator[str]:
     role = roles.role(node)
     if role.component:
         yield str(role.component) if role.block is None else f"{role.component} {role.block}"
+    if role.backward:
+        yield "backward"
     if role.source:
         yield f"{PurePath(role.source.file).name}:{role.source.line}"
     if role.made_by:
@@ -345,6 +352,7 @@ _HUES = {  # component -> (terminal colour, web colour)
     Component.VOCAB: (96, "#0ca678"),
     Component.LOSS: (32, "#2f9e44"),
     Component.AUX_LOSS: (92, "#66a80f"),
+    Component.CLIPPING: (95, "#ae3ec9"),
     Component.OPTIMIZER: (93, "#f59f00"),
 }
 _QUIET = (2, "#868e96")
@@ -423,6 +431,7 @@ def _sections(program: Program, fold: bool) -> Iterator[list[Line]]:
     for title, entries in (
         ("parameters", signature.parameters),
         ("buffers", signature.buffers),
+        ("optimizer", signature.states),
         ("inputs", signature.inputs),
     ):
         if entries:
@@ -437,7 +446,8 @@ def _outputs(program: Program) -> Iterator[Line]:
     for position, (node, output) in enumerate(
         zip(program.outputs, program.signature.outputs, strict=True)
     ):
-        meaning = f"new value of {output.buffer}" if output.buffer else output.path
+        replaced = output.buffer or output.updates
+        meaning = f"new value of {replaced}" if replaced else output.path
         loss = "the loss" if position == program.signature.loss else ""
         comment = ", ".join(dict.fromkeys(filter(None, (loss, meaning))))
         kind = type_name(node, program.level)
@@ -476,7 +486,8 @@ def _key(node: fx.Node, level: Level, entry: Entry | None) -> Hashable:
     call = call_text(node, _blank)
     if node.target is draw or node.target is operator.getitem:
         call = without_numbers(call)  # the site of a draw, the place in an unpacked bucket
-    return (call, type_name(node, level), role.component, role.made_by, role.source, module)
+    kind = (role.component, role.backward, role.made_by, role.source, module)
+    return (call, type_name(node, level), *kind)
 
 
 def _blank(node: fx.Node) -> str:

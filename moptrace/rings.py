@@ -39,6 +39,7 @@ from moptrace.kernels.linear_cross_entropy import (
 __all__ = [
     "RINGS",
     "Exchange",
+    "Journey",
     "Ring",
     "Seat",
     "Start",
@@ -47,6 +48,7 @@ __all__ = [
     "drive",
     "drive_together",
     "ring",
+    "ring_backward",
 ]
 
 Tensors: TypeAlias = tuple[Tensor, ...]
@@ -235,14 +237,31 @@ class Ring:
         """The operator as local graphs call it."""
         return getattr(torch.ops.moptrace, self.name).default
 
+    @property
+    def backward_op(self) -> Any:
+        """The operator as the backward of a step calls it.
+
+        ``(gradients, results, *arguments of op)`` -> the gradients of its floating-point operands.
+        """
+        return getattr(torch.ops.moptrace, f"{self.name}_backward").default
+
     def returned(self, results: Tensors) -> Any:
         """The results of a coroutine as the operator returns them: alone if there is but one."""
         return results if len(self.whole._schema.returns) > 1 else results[0]
+
+    def found(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients of a backward coroutine as the operator returns them."""
+        return [x.contiguous() for x in gradients if x is not None]
 
 
 def ring(target: object) -> Ring | None:
     """The row of the table for a local graph's target, or None for another operator."""
     return _BY_OP.get(target)
+
+
+def ring_backward(target: object) -> Ring | None:
+    """The row of the table of which a graph's target is the backward, or None."""
+    return _BY_BACKWARD.get(target)
 
 
 # --- once around ----------------------------------------------------------------------------------
@@ -809,6 +828,10 @@ _library = torch.library.Library("moptrace", "FRAGMENT")
 
 def _register(row: Ring) -> None:
     _library.define(row.name + row.schema)
+    inputs = row.schema[1:].split(") -> ")[0]
+    _library.define(
+        f"{row.name}_backward(Tensor?[] gradients, Tensor[] results, {inputs}) -> Tensor[]"
+    )
 
     def run(*arguments: Any) -> Any:
         *given, axis = arguments
@@ -829,20 +852,34 @@ def _register(row: Ring) -> None:
         tensors, rest = iter(ctx.saved_tensors[:count]), iter(ctx.rest)
         *given, axis = [next(tensors) if is_tensor else next(rest) for is_tensor in ctx.is_tensor]
         with ctx.communicator:
-            journey = row.backward(
-                Seat.of(axis), tuple(given), ctx.saved_tensors[count:], gradients
-            )
-            found = drive(journey, axis)
-        return *found, *[None] * (len(given) + 1 - len(found))
+            results = list(ctx.saved_tensors[count:])
+            found = iter(row.backward_op(list(gradients), results, *given, axis))
+        return *(next(found) if _is_operand(x) else None for x in given), None
+
+    def run_backward(gradients: Sequence[Tensor | None], results: Any, *arguments: Any) -> Any:
+        *given, axis = arguments
+        journey = row.backward(Seat.of(axis), tuple(given), tuple(results), tuple(gradients))
+        return row.found(drive(journey, axis))
+
+    def shape_backward(gradients: Any, results: Any, *arguments: Any) -> list[Tensor]:
+        return [torch.empty_like(x) for x in arguments if _is_operand(x)]
 
     _library.impl(row.name, run, "CompositeExplicitAutograd")
+    _library.impl(f"{row.name}_backward", run_backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moptrace::{row.name}", shape, lib=_library)
+    torch.library.register_fake(f"moptrace::{row.name}_backward", shape_backward, lib=_library)
     torch.library.register_autograd(
         f"moptrace::{row.name}", backward, setup_context=remember, lib=_library
     )
+
+
+def _is_operand(x: object) -> bool:
+    """Whether an argument has a gradient."""
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 for _row in _RINGS:
     _register(_row)
 
 _BY_OP: dict[object, Ring] = {row.op: row for row in _RINGS}
+_BY_BACKWARD: dict[object, Ring] = {row.backward_op: row for row in _RINGS}

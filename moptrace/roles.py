@@ -49,6 +49,7 @@ class Component(StrEnum):
     VOCAB = "vocab"
     LOSS = "loss"
     AUX_LOSS = "aux_loss"
+    CLIPPING = "clipping"
     OPTIMIZER = "optimizer"
 
 
@@ -70,7 +71,7 @@ class Role:
     ``block`` numbers the Mixture-of-Experts blocks in order. ``placements`` has one entry for each
     result of the node (one for a tensor). ``made_by`` names the pass that made the node, empty for
     a node of the user's model. ``rule`` is how the operator may be sharded, found from the global
-    shapes.
+    shapes. ``backward`` is whether the node is part of the backward of that component and line.
     """
 
     component: Component | None = None
@@ -80,6 +81,7 @@ class Role:
     module: str = ""
     source: Source | None = None
     rule: Any = None
+    backward: bool = False
 
 
 _NOTHING = Role()

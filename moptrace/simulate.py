@@ -1,4 +1,4 @@
-"""Run a local program on many simulated ranks, in one process and in lock step.
+"""Run a local or a step program on many simulated ranks, in one process and in lock step.
 
 Every rank's values are ordinary tensors. An operator runs once for each rank; a collective runs
 once for each of its groups, by its definition in ``collectives.py``, and differentiates by its
@@ -18,29 +18,44 @@ from torch.fx.node import map_arg
 from moptrace.collectives import COLLECTIVES, Collective, Communicator, collective
 from moptrace.core import Program
 from moptrace.placement import Layout
-from moptrace.rings import Ring, Seat, drive_together, ring
+from moptrace.rings import Journey, Ring, Seat, drive_together, ring, ring_backward
 
 __all__ = ["simulate"]
 
 
 def simulate(
-    program: Program, arguments: Sequence[Mapping[str, Tensor]], seed: int = 0, step: int = 0
+    program: Program | Sequence[Program],
+    arguments: Sequence[Mapping[str, Tensor]],
+    seed: int = 0,
+    step: int = 0,
 ) -> list[list[Any]]:
-    """Run all ranks of a local program.
+    """Run all ranks of a program.
 
     ``arguments[r]`` maps the name of every graph input to what rank ``r`` holds. Returns each
     rank's graph outputs. Differentiable: ``torch.autograd.backward`` of all ranks' losses runs
-    every rank's backward, each from its own loss.
+    every rank's backward, each from its own loss. Ranks whose shards are of different shapes have
+    step programs of their own, which differ in sizes alone: ``program`` has one for each then.
     """
-    layout = program.layout
-    assert layout is not None and len(arguments) == layout.world_size
+    programs = [program] * len(arguments) if isinstance(program, Program) else list(program)
+    layout = programs[0].layout
+    assert layout is not None and len(arguments) == len(programs) == layout.world_size
     ranks = [Communicator(layout, rank) for rank in range(layout.world_size)]
     for rank in ranks:
         rank.seed, rank.step = seed, step
     values: dict[fx.Node, list[Any]] = {}
-    remaining = {node: len(node.users) for node in program.graph.nodes}
-    for node in program.graph.nodes:
-        values[node] = _visit(program, node, values, arguments, ranks)
+    remaining = {node: len(node.users) for node in programs[0].graph.nodes}
+    first = [
+        dict(zip(own.graph.nodes, programs[0].graph.nodes, strict=True)) for own in programs
+    ]  # the nodes of every rank's graph, and those of the first that they stand for
+    for nodes in zip(*(own.graph.nodes for own in programs), strict=True):
+        node = nodes[0]
+        if node.op != "get_attr":  # whose names depend on how many constants came before
+            assert all(own.target == node.target for own in nodes), "the ranks' programs differ"
+        args = [
+            map_arg((own.args, own.kwargs), lambda n, r=r: values[first[r][n]][r])
+            for r, own in enumerate(nodes)
+        ]
+        values[node] = _visit(programs, nodes, args, arguments, ranks)
         for used in node.all_input_nodes:
             remaining[used] -= 1
             if not remaining[used]:
@@ -51,26 +66,26 @@ def simulate(
 
 
 def _visit(
-    program: Program,
-    node: fx.Node,
-    values: dict[fx.Node, list[Any]],
+    programs: Sequence[Program],
+    nodes: Sequence[fx.Node],
+    args: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
     arguments: Sequence[Mapping[str, Tensor]],
     ranks: Sequence[Communicator],
 ) -> list[Any]:
+    node, layout = nodes[0], programs[0].layout
     if node.op == "placeholder":
         return [own[node.name] for own in arguments]
     if node.op == "get_attr":
-        return [program.constants[str(node.target)] for _ in ranks]
-    args = [
-        map_arg((node.args, node.kwargs), lambda n, r=r: values[n][r]) for r in range(len(ranks))
-    ]
+        return [p.constants[str(n.target)] for p, n in zip(programs, nodes, strict=True)]
     if node.op == "output":
         return [own[0][0] for own in args]
     row = collective(node.target)
     if row is not None:
-        return _together(row, [own[0] for own in args], program.layout)
+        return _together(row, [own[0] for own in args], layout)
     if (round_trip := ring(node.target)) is not None:
         return _around(round_trip, [own[0] for own in args], ranks)
+    if (round_trip := ring_backward(node.target)) is not None:
+        return _back_around(round_trip, [own[0] for own in args], ranks)
     results: list[Any] = []
     for rank, (positional, keywords) in zip(ranks, args, strict=True):
         with rank:
@@ -84,7 +99,7 @@ def _together(row: Collective, args: list[tuple[Any, ...]], layout: Layout | Non
     axis = next(x for x in args[0] if isinstance(x, str))
     results: list[Any] = [None] * len(args)
     for group in layout.view_of(axis).groups(axis):
-        members = [args[r] for r in group]
+        members = [args[r][:5] if row.moves_rows else args[r] for r in group]
         tensors = [[x for x in own if isinstance(x, Tensor)] for own in members]
         extra = tuple(x for x in members[0] if not isinstance(x, (Tensor, str)))
         beside = tuple(list(column) for column in list(zip(*tensors, strict=True))[1:])
@@ -137,6 +152,22 @@ def _around(row: Ring, args: list[tuple[Any, ...]], ranks: Sequence[Communicator
         each = len(outs) // len(group)
         for i, r in enumerate(group):
             results[r] = row.returned(outs[i * each : (i + 1) * each])
+    return results
+
+
+def _back_around(
+    row: Ring, args: list[tuple[Any, ...]], ranks: Sequence[Communicator]
+) -> list[Any]:
+    """Run the backward of a ring for each of its groups."""
+    axis = args[0][-1]
+    results: list[Any] = [None] * len(args)
+    for group in ranks[0].layout.view_of(axis).groups(axis):
+        journeys: list[Journey] = []
+        for r in group:
+            gradients, found, *given, _ = args[r]
+            journeys.append(row.backward(Seat.seen_by(ranks[r], axis), given, found, gradients))
+        for r, found in zip(group, drive_together(journeys), strict=True):
+            results[r] = row.found(found)
     return results
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moptrace.core import Parameter
-from moptrace.placement import Placement, chunk_sizes
+from moptrace.placement import Layout, Placement, chunk_sizes
 
-__all__ = ["assemble", "attach", "own_part", "stack", "unstack", "user_names"]
+__all__ = ["assemble", "attach", "own_part", "own_shape", "stack", "unstack", "user_names"]
 
 
 def user_names(parameter: Parameter) -> tuple[str, ...]:
@@ -50,6 +50,20 @@ def own_part(whole: Tensor, placement: Placement, rank: int) -> Tensor:
             at = placement.view.coordinate(rank, axis.name)
             part = part.narrow(dim, sum(sizes[:at]), sizes[at])
     return part
+
+
+def own_shape(
+    shape: Sequence[int], placement: Placement, layout: Layout, rank: int
+) -> tuple[int, ...]:
+    """The shape of the part of a tensor of this shape that ``rank`` stores.
+
+    >>> from moptrace.placement import Shard
+    >>> layout = Layout.of(4, ep=2)
+    >>> own_shape((10, 3), Placement.uniform(layout.home, Shard(0)), layout, rank=3)
+    (2, 3)
+    """
+    stored = placement.expressed_in(layout.storage) or placement
+    return tuple(own_part(torch.empty(shape, device="meta"), stored, rank).shape)
 
 
 def assemble(parts: Sequence[Tensor], placement: Placement) -> Tensor:

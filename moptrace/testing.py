@@ -18,15 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from moptrace import roles, state
-from moptrace.core import Program
+from moptrace.collectives import collective
+from moptrace.core import Output, Pass, Program
 from moptrace.placement import INVARIANT, Placement, Shard
 from moptrace.simulate import simulate
+from moptrace.step import Stepper
 from moptrace.strategies import ModelSpec, batches, meshes, model_specs, moe_models, plans
 from moptrace.trace import call, evaluate, inputs_of
 
 __all__ = [
     "ModelSpec",
     "SimulatedRanks",
+    "SimulatedSteps",
     "Step",
     "assert_same_function",
     "assert_same_step",
@@ -160,10 +163,11 @@ class SimulatedRanks:
                 own[parameter.name].requires_grad_(parameter.requires_grad)
 
     def _parts(self, wholes: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-        return {
-            name: state.own_part(whole, self._held[name], rank).detach().clone()
-            for name, whole in wholes.items()
-        }
+        return {name: self.part(name, whole, rank) for name, whole in wholes.items()}
+
+    def part(self, name: str, whole: Tensor, rank: int) -> Tensor:
+        """What a rank holds of a graph input."""
+        return state.own_part(whole, self._held[name], rank).detach().clone()
 
     def parameters(self, rank: int) -> list[Tensor]:
         """The shards of one rank, for its optimizer."""
@@ -220,6 +224,103 @@ class SimulatedRanks:
                 for own, value in zip(self.ranks, values, strict=True):
                     own[names[output.buffer]] = value.clone()
         return updated
+
+
+class SimulatedSteps:
+    """The training step of all ranks of a local program in one process, as ``train_step`` runs it.
+
+    ``optimizer`` makes the optimizer of one rank from its shards by fully qualified name; the other
+    options are those of ``train_step``.
+    """
+
+    def __init__(
+        self,
+        local: Program,
+        whole: Mapping[str, Tensor],
+        optimizer: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        max_norm: float | None = None,
+        accumulate: int = 1,
+        schedule: Pass | None = None,
+        seed: int = 0,
+    ):
+        self.local = local
+        self.ranks = SimulatedRanks(local, whole, seed)
+        self.steppers: list[Stepper] = []
+        for rank, own in enumerate(self.ranks.ranks):
+            shards = {p.fqn: own[p.name] for p in local.signature.parameters}
+            names = {shard: name for name, shard in shards.items()}
+            made = optimizer(shards)
+            held = {p: names[p] for group in made.param_groups for p in group["params"]}
+            self.steppers.append(Stepper(made, held, max_norm, accumulate, schedule, rank))
+        sizes = [_sizes_of_rank(local, rank) for rank in range(len(self.steppers))]
+        self._like = [sizes.index(own) for own in sizes]
+
+    @property
+    def programs(self) -> list[Program]:
+        """The step program of each rank; ranks whose parts have the same sizes share one."""
+        return [self.steppers[rank].program(self.local) for rank in self._like]
+
+    def step(self, *batches: Batch) -> tuple[Tensor, Tensor | None]:
+        """A step of every rank on global micro-batches; returns the loss, and the norm if taken."""
+        programs = self.programs
+        with torch.no_grad():
+            outputs = simulate(
+                programs,
+                [self._arguments(rank, programs[rank], batches) for rank in range(len(programs))],
+                self.ranks.seed,
+                self.ranks.steps,
+            )
+        self.ranks.steps += 1
+        norms: list[Tensor] = []
+        for rank, (program, values) in enumerate(zip(programs, outputs, strict=True)):
+            held = self._arguments(rank, program, batches)
+            made: list[tuple[Output, Tensor]] = []
+            for output, value in zip(program.signature.outputs, values, strict=True):
+                if output.updates is None:
+                    made.append((output, value.clone()))
+                else:
+                    held[output.updates].detach().copy_(value)
+            norm = self.steppers[rank].finish(made, lambda _, value: value)
+            norms += [] if norm is None else [norm]
+        loss = _agreed([own[0] for own in outputs], "the loss")
+        return loss, _agreed(norms, "the norm") if norms else None
+
+    def _arguments(
+        self, rank: int, program: Program, batches: Sequence[Batch]
+    ) -> dict[str, Tensor]:
+        signature = program.signature
+        inputs = [x for batch in batches for x in inputs_of(self.local.signature, batch)]
+        of_local = [x.name for x in self.local.signature.inputs] * len(batches)
+        parts = [self.ranks.part(name, x, rank) for name, x in zip(of_local, inputs, strict=True)]
+        states = self.steppers[rank].states(program)
+        return {
+            **self.ranks.ranks[rank],
+            **dict(zip([x.name for x in signature.inputs], parts, strict=True)),
+            **dict(zip([x.name for x in signature.states], states, strict=True)),
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter, whole, under the user's names."""
+        return self.ranks.weights()
+
+
+def _sizes_of_rank(program: Program, rank: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks of which this is equal run one step program: all their parts have the same sizes."""
+    layout, signature = program.layout, program.signature
+    assert layout is not None
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    found: list[tuple[int, ...]] = []
+    for entry in (*signature.parameters, *signature.buffers, *signature.inputs):
+        placement = roles.placement(nodes[entry.name])
+        assert placement is not None
+        found.append(state.own_shape(entry.shape, placement, layout, rank))
+    for node in program.nodes:
+        row = collective(node.target)
+        if row is not None and "int length" in row.schema:
+            axis = next(x for x in node.args if isinstance(x, str))
+            at = layout.view_of(axis).coordinate(rank, axis)
+            found.append((layout.sizes(node.args[-1], axis)[at],))  # type: ignore[arg-type]
+    return tuple(found)
 
 
 def simulated_step(
