@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -41,12 +41,13 @@ EXPERT_ROWS, GROUP_SUM = ops.expert_rows.default, ops.group_sum.default
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor that an expert's function takes: one row for each pair, or a part for each expert.
+    """A tensor that an expert's function takes.
 
-    ``shape`` are the sizes after the first dimension.
+    It has a row for each pair ("rows" [S, *shape]), a part for each expert ("experts"
+    [E, *shape]), or is the same for all ("all" [*shape]).
     """
 
-    is_rows: bool
+    kind: Literal["rows", "experts", "all"]
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -55,8 +56,8 @@ class Operand:
 class ExpertFunction:
     """An operator ``f(counts, *tensors)`` that gives rows; made by ``expert_function``.
 
-    counts int64 [E], tensors that are rows [S, ...] or parameters [E, ...] as ``operands`` say ->
-    rows [S, ...], or a tuple of them if the function has several results.
+    counts int64 [E], tensors as ``operands`` say -> rows [S, ...], or a tuple of them if the
+    function has several results.
 
     Requires: ``counts`` adds up to S. Ensures: the value and the derivatives of ``graph``, which is
     what the operator means. From forward to backward it keeps its operands and the results of the
@@ -161,7 +162,8 @@ def expert_function(
     >>> product = graph.call_function(PRODUCT, (rows, weight, counts))
     >>> _ = graph.output((graph.call_function(aten.relu.default, (product,)),))
     >>> float64 = torch.float64
-    >>> f = expert_function(graph, [Operand(True, (2,), float64), Operand(False, (2, 1), float64)])
+    >>> operands = [Operand("rows", (2,), float64), Operand("experts", (2, 1), float64)]
+    >>> f = expert_function(graph, operands)
     >>> weight = torch.tensor([[[1.0], [1.0]], [[-1.0], [0.0]]], dtype=float64)
     >>> f(torch.tensor([2, 1]), torch.ones(3, 2, dtype=float64), weight).flatten().tolist()
     [2.0, 2.0, 0.0]
@@ -170,7 +172,7 @@ def expert_function(
     forward, backward = _parted(joint, len(operands), len(_outputs(graph)), _products(graph))
     results = len(_outputs(graph))
     kept = len(_outputs(forward)) - results
-    is_rows = [x.is_rows for x in operands]
+    is_rows = [x.kind == "rows" for x in operands]
     rounds = any(_is_wide(node) for node in forward.nodes if node.target is PRODUCT)
     return ExpertFunction(
         name,
@@ -202,11 +204,10 @@ def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> fx.Graph:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
     rows, experts = mode.from_tensor(torch.empty(11, 5), symbolic_context=free).shape
+    first: dict[str, list[Any]] = {"rows": [rows], "experts": [experts], "all": []}
     with mode:
         counts = torch.empty(experts, dtype=torch.int64)
-        given = [
-            torch.empty(rows if x.is_rows else experts, *x.shape, dtype=x.dtype) for x in operands
-        ]
+        given = [torch.empty(*first[x.kind], *x.shape, dtype=x.dtype) for x in operands]
         gradients = [torch.empty_like(x) for x in run(counts, *given)]
     if not all(x.is_floating_point() for x in gradients):
         raise ValueError("a result of the experts is not of a floating dtype")

@@ -7,6 +7,7 @@ from moptrace.passes.bucket_gathers import bucket_gathers
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
+from moptrace.passes.fuse_experts import fuse_experts
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
 from moptrace.passes.localize import localize
 from moptrace.passes.normalize_losses import normalize_losses
@@ -45,5 +46,6 @@ def sharded(plan: Plan, world_size: int, keep_logits: bool = False) -> Pass:
         place(),
         localize(),
         bucket_gathers(),
+        fuse_experts(),
         name="sharded",
     )
