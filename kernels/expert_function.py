@@ -168,24 +168,25 @@ def expert_function(
     >>> f(torch.tensor([2, 1]), torch.ones(3, 2, dtype=float64), weight).flatten().tolist()
     [2.0, 2.0, 0.0]
     """
-    joint = _joint(graph, operands)
+    joint, constants = _joint(graph, operands)
     forward, backward = _parted(joint, len(operands), len(_outputs(graph)), _products(graph))
     results = len(_outputs(graph))
     kept = len(_outputs(forward)) - results
     is_rows = [x.kind == "rows" for x in operands]
+    of_backward = [*is_rows, *[True] * (kept + results)]
     rounds = any(_is_wide(node) for node in forward.nodes if node.target is PRODUCT)
     return ExpertFunction(
         name,
         graph,
         tuple(operands),
         kept,
-        _Grouped(forward, is_rows, rounds, results),
-        _Grouped(backward, [*is_rows, *[True] * (kept + results)], rounds, len(operands)),
+        _Grouped(forward, constants, is_rows, rounds, results),
+        _Grouped(backward, constants, of_backward, rounds, len(operands)),
     )
 
 
-def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> fx.Graph:
-    """Results and gradients in one graph, for any number of rows and experts."""
+def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Results and gradients in one graph, for any number of rows and experts; its constants."""
     run = fx.GraphModule(torch.nn.Module(), graph)
     floating = [x.dtype.is_floating_point for x in operands]
 
@@ -201,7 +202,8 @@ def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> fx.Graph:
         )
         return [*results, *(next(found) if f else None for f in floating)]
 
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    # Autograd makes real tensors of numbers, such as the zero of a clamp's gradient.
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
     rows, experts = mode.from_tensor(torch.empty(11, 5), symbolic_context=free).shape
     first: dict[str, list[Any]] = {"rows": [rows], "experts": [experts], "all": []}
@@ -211,12 +213,15 @@ def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> fx.Graph:
         gradients = [torch.empty_like(x) for x in run(counts, *given)]
     if not all(x.is_floating_point() for x in gradients):
         raise ValueError("a result of the experts is not of a floating dtype")
-    traced = make_fx(step)(counts, *given, *gradients).graph
-    for node in list(traced.nodes):  # what autograd leaves behind
-        if node.target is aten.detach.default:
+    traced = make_fx(step, _allow_non_fake_inputs=True)(counts, *given, *gradients)
+    constants: dict[str, Tensor] = {}
+    for node in list(traced.graph.nodes):
+        if node.op == "get_attr":
+            constants[node.target] = getattr(traced, node.target)
+        if node.target is aten.detach.default:  # which autograd leaves behind
             node.replace_all_uses_with(node.args[0])
-            traced.erase_node(node)
-    return traced
+            traced.graph.erase_node(node)
+    return traced.graph, constants
 
 
 def _parted(
@@ -256,7 +261,7 @@ def _extracted(
         new[node].meta = dict(node.meta)
     for node in joint.nodes:
         is_known = all(x in new for x in node.all_input_nodes)
-        if node.op == "call_function" and node not in new and is_known:
+        if node.op in ("call_function", "get_attr") and node not in new and is_known:
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(tuple(x if x is None else new[x] for x in returned))
     graph.eliminate_dead_code()
@@ -285,8 +290,15 @@ class _Grouped:
     where oneDNN multiplies them.
     """
 
-    def __init__(self, graph: fx.Graph, is_rows: Sequence[bool], rounds: bool, kept: int):
-        self.graph, self.rounds, self.kept = graph, rounds, kept
+    def __init__(
+        self,
+        graph: fx.Graph,
+        constants: dict[str, Any],
+        is_rows: Sequence[bool],
+        rounds: bool,
+        kept: int,
+    ):
+        self.graph, self.constants, self.rounds, self.kept = graph, constants, rounds, kept
         self.inputs = graph.find_nodes(op="placeholder")
         self.rows = {x for x, own in zip(self.inputs[1:], is_rows, strict=True) if own}
         self._plans: dict[tuple[int, ...], _Expertwise] = {}
@@ -295,7 +307,7 @@ class _Grouped:
     @cached_property
     def _whole(self) -> Callable[..., tuple[Any, ...]]:
         """All rows at once, by the grouped kernels."""
-        return fx.GraphModule(torch.nn.Module(), self.graph)
+        return fx.GraphModule(self.constants, self.graph)
 
     def _plan(self, wanted: tuple[int, ...]) -> _Expertwise:
         if wanted not in self._plans:
@@ -319,6 +331,7 @@ class _Expertwise:
 
     def __init__(self, grouped: _Grouped, wanted: tuple[int, ...]):
         self.inputs, self.rounds = grouped.inputs, grouped.rounds
+        self.constants = grouped.constants
         outputs = _outputs(grouped.graph)
         self.outputs = [outputs[i] for i in wanted]
         self.kept = [outputs[i] for i in wanted if i >= grouped.kept]
@@ -340,12 +353,12 @@ class _Expertwise:
         self._expert = self._written()
 
     def _sort(self, node: fx.Node, is_rows: bool) -> None:
-        inputs = node.all_input_nodes
+        inputs = [x for x in node.all_input_nodes if not _is_constant(x)]
         rows = is_rows or any(x in self.inside and not _is_sum(x) for x in inputs)
         sums = any(x in self.after or _is_sum(x) for x in inputs)
         if rows and sums:
             raise ValueError(f"{node.format_node()} takes rows and sums over rows")
-        if rows:
+        if rows or _is_constant(node):
             self.inside[node] = None
         elif sums:
             self.after[node] = None
@@ -384,7 +397,7 @@ class _Expertwise:
             if node not in written:
                 graph.call_function(_copy_to, (new[node], count, place[node]))
         graph.output(tuple(new[x] for x in self.kept))
-        return fx.GraphModule(torch.nn.Module(), graph)
+        return fx.GraphModule(self.constants, graph)
 
     def _is_only_returned(self, node: fx.Node) -> bool:
         return node not in self.kept and not any(user in self.inside for user in node.users)
@@ -440,6 +453,11 @@ def _needed(outputs: Sequence[fx.Node | None]) -> set[fx.Node]:
 def _is_sum(node: fx.Node) -> bool:
     """Whether a node takes rows and gives a part for each expert."""
     return node.target in (OUTER, GROUP_SUM)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node depends on nothing, such as a number that autograd made a tensor of."""
+    return node.op != "placeholder" and not node.all_input_nodes
 
 
 def _is_wide(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
@@ -256,15 +257,14 @@ class _Body:
         def mine(x: fx.Node) -> fx.Node:
             return self.new.get((x, "rows")) or self._spread(x, rank)
 
-        copied = self.graph.node_copy(node, mine)
-        copied.meta = {}
-        return copied
+        args, kwargs = map_arg((node.args, node.kwargs), mine)
+        return self.graph.call_function(node.target, args, kwargs)
 
     def _part(self, x: fx.Node) -> fx.Node:
         """What experts have parts of: an operand, or a view of one."""
         if (x, "experts") not in self.new:
-            self.new[x, "experts"] = self.graph.node_copy(x, self._part)
-            self.new[x, "experts"].meta = {}
+            args = map_arg(x.args, self._part)
+            self.new[x, "experts"] = self.graph.call_function(x.target, args)
         return self.new[x, "experts"]
 
     def _repeated(self, part: fx.Node) -> fx.Node:
