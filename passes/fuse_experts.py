@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,7 +81,7 @@ class _Region:
     """Nodes in order, each with the operands that are rows, and the counts of experts' rows."""
 
     counts: fx.Node
-    rows: Mapping[fx.Node, list[fx.Node]]
+    rows: dict[fx.Node, list[fx.Node]]
 
     @property
     def results(self) -> list[fx.Node]:
@@ -116,7 +116,7 @@ def _regions(graph: fx.Graph) -> Iterator[_Region]:
             yield region
 
 
-def _row_operands(node: fx.Node, known: Mapping[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+def _row_operands(node: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
     """The operands whose rows become the rows of the result; none if these are not kept apart."""
     rule: Rule | None = roles.role(node).rule
     if node.target is PRODUCT:
@@ -159,7 +159,7 @@ def _is_divided(node: fx.Node) -> bool:
     )
 
 
-def _members(rows: Mapping[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+def _members(rows: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
     """The nodes that lie between products, and those that follow from these alone."""
     follows: set[fx.Node] = set()  # a product; the others follow from parameters alone
     for node, own in rows.items():
@@ -245,6 +245,7 @@ class _Body:
         return x
 
     def _copied(self, node: fx.Node) -> fx.Node:
+        target: Any = node.target
         xs: Any = node.args
         if node.target is PRODUCT:
             args = (self.new[xs[0], "rows"], self._part(xs[1]), self.counts)
@@ -258,13 +259,14 @@ class _Body:
             return self.new.get((x, "rows")) or self._spread(x, rank)
 
         args, kwargs = map_arg((node.args, node.kwargs), mine)
-        return self.graph.call_function(node.target, args, kwargs)
+        return self.graph.call_function(target, args, kwargs)
 
     def _part(self, x: fx.Node) -> fx.Node:
         """What experts have parts of: an operand, or a view of one."""
         if (x, "experts") not in self.new:
+            view: Any = x.target
             args = map_arg(x.args, self._part)
-            self.new[x, "experts"] = self.graph.call_function(x.target, args)
+            self.new[x, "experts"] = self.graph.call_function(view, args)
         return self.new[x, "experts"]
 
     def _repeated(self, part: fx.Node) -> fx.Node:
