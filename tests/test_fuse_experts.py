@@ -37,7 +37,9 @@ def test_every_style_is_fused_and_gives_the_same_gradients(name: str) -> None:
     assert_same_function(program, models.build(name), models.batch(1, size=12))
 
 
-@pytest.mark.parametrize(("world_size", "plan"), ((3, Plan(ep=3)), (2, Plan(ep=1)), (1, Plan())))
+@pytest.mark.parametrize(
+    ("world_size", "plan"), ((3, Plan(ep=3)), (2, Plan(ep=1)), (1, Plan(ep=1)))
+)
 def test_every_mesh(world_size: int, plan: Plan) -> None:
     program = local("SortSlices", world_size, plan)
     assert functions(program)
@@ -67,6 +69,8 @@ def test_the_pass_changes_what_it_fused_only_once() -> None:
 
 
 def test_a_model_without_experts_stays_as_it_is() -> None:
-    program = sharded(Plan(), 2)(canonical()(trace(models.dense().double(), models.batch(size=2))))
+    program = sharded(Plan(ep=1), 2)(
+        canonical()(trace(models.dense().double(), models.batch(size=2)))
+    )
     assert program.level is Level.LOCAL
     assert program.made_by is not None and program.made_by.name != "fuse_experts"
