@@ -3,7 +3,8 @@
 An expert's function is a graph of grouped products and of operators that treat each row alone.
 Running one node after another over all rows moves every intermediate result through memory. Here
 all nodes run on the rows of one expert while these are in cache, forward and backward; only the
-rows that go in and come out, and the results of products, exist for all experts at once.
+rows that go in and come out, and the results of products, exist for all experts at once. (With
+few rows for each expert there is nothing to save, and all rows are done at once.)
 
 The graph is differentiated once, when the operator is made. Its backward consists of the same
 operators, and so both run in the same way: ``_Expertwise`` on a CPU, and elsewhere all rows at
@@ -37,6 +38,11 @@ aten, ops = torch.ops.aten, torch.ops.moptrace
 
 PRODUCT, OUTER = ops.grouped_mm.default, ops.grouped_outer.default
 EXPERT_ROWS, GROUP_SUM = ops.expert_rows.default, ops.group_sum.default
+
+
+# Rows of an average expert from which it pays to run expert by expert. With fewer, the calls cost
+# more than what the cache saves: benchmarks/step_time.py at 512 tokens (64 rows) and 4,096 (512).
+EXPERTWISE_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +307,7 @@ class _Grouped:
         self.graph, self.constants, self.rounds, self.kept = graph, constants, rounds, kept
         self.inputs = graph.find_nodes(op="placeholder")
         self.rows = {x for x, own in zip(self.inputs[1:], is_rows, strict=True) if own}
+        self.example = next(i for i, x in enumerate(self.inputs) if x in self.rows)
         self._plans: dict[tuple[int, ...], _Expertwise] = {}
         self._plan(tuple(range(len(_outputs(graph)))))
 
@@ -315,8 +322,9 @@ class _Grouped:
         return self._plans[wanted]
 
     def __call__(self, arguments: Sequence[Any], wanted: Sequence[int]) -> tuple[Any, ...]:
-        counts = arguments[0]
-        if counts.device.type == "cpu" and not isinstance(counts, FakeTensor):
+        counts, rows = arguments[0], arguments[self.example].shape[0]
+        is_real = counts.device.type == "cpu" and not isinstance(counts, FakeTensor)
+        if is_real and rows >= EXPERTWISE_ROWS * counts.shape[0]:
             return self._plan(tuple(wanted))(arguments)
         found = self._whole(*arguments)
         return tuple(found[i] for i in wanted)
@@ -337,7 +345,7 @@ class _Expertwise:
         self.kept = [outputs[i] for i in wanted if i >= grouped.kept]
         needed = _needed(self.outputs)
         self.rows = [x for x in self.inputs if x in grouped.rows and x in needed]
-        self.example = next(i for i, x in enumerate(self.inputs) if x in grouped.rows)
+        self.example = grouped.example
         self.before: list[fx.Node] = []
         self.inside: dict[fx.Node, None] = {}
         self.after: dict[fx.Node, None] = {}

@@ -18,6 +18,13 @@ aten, ops = torch.ops.aten, torch.ops.moptrace
 COUNTS = ([3, 0, 20, 1, 7], [0, 0, 0, 0, 0], [16, 0, 0, 32, 1])
 
 
+@pytest.fixture(autouse=True, params=[0, 1 << 40], ids=["expert by expert", "all rows at once"])
+def least_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Both ways to run, whatever the number of rows."""
+    monkeypatch.setattr(module, "EXPERTWISE_ROWS", request.param)
+    return request.param
+
+
 class Writer:
     """Writes the graph of an expert's function of width d and hidden width f."""
 
@@ -223,7 +230,7 @@ def test_nothing_is_kept_where_nothing_is_differentiated(monkeypatch: pytest.Mon
         assert function(torch.tensor(COUNTS[0]), *xs).shape == (31, 4)
 
 
-def test_what_is_kept_are_the_products_that_gradients_need() -> None:
+def test_what_is_kept_are_the_products_that_gradients_need(least_rows: int) -> None:
     function = swiglu(Writer(4, 6, torch.float64))
     arguments = [torch.tensor(COUNTS[0]), *leaves(function, COUNTS[0])]
     with torch.no_grad():
