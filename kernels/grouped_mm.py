@@ -70,15 +70,17 @@ _NATIVE = {
 }
 
 
-def _uses_onednn(x: Tensor, width: int) -> bool:
-    """Whether to loop over the experts with oneDNN; its calls cost more than small products."""
-    return (
-        x.device.type == "cpu" and x.dtype is torch.float32 and width >= 64 and onednn.is_faster()
-    )
+ONEDNN_WIDTH = 64  # its calls cost more than smaller products
+
+
+def uses_onednn(x: Tensor, width: int) -> bool:
+    """Whether to multiply one expert's rows with oneDNN."""
+    on_cpu = x.device.type == "cpu" and x.dtype is torch.float32
+    return on_cpu and width >= ONEDNN_WIDTH and onednn.is_faster()
 
 
 # oneDNN compiles and keeps a kernel for every shape, so row counts are rounded up to few sizes.
-_ROW_MULTIPLE = 16
+ROW_MULTIPLE = 16
 
 
 def _widened(span: slice, total: int) -> slice:
@@ -90,14 +92,14 @@ def _widened(span: slice, total: int) -> slice:
     (slice(3, 19, None), slice(84, 100, None), slice(2, 5, None))
     """
     width = span.stop - span.start
-    width += -width % _ROW_MULTIPLE
+    width += -width % ROW_MULTIPLE
     start = min(span.start, total - width)
     return slice(start, start + width) if start >= 0 else span
 
 
 def _padded(rows: Tensor) -> Tensor:
     """The rows with zeros after them, up to a round number, for a product that sums over them."""
-    missing = -rows.shape[0] % _ROW_MULTIPLE
+    missing = -rows.shape[0] % ROW_MULTIPLE
     return torch.constant_pad_nd(rows, (0, 0, 0, missing)) if missing else rows
 
 
@@ -139,7 +141,7 @@ def _sizes(counts: Tensor, total: int) -> list[int]:
     return sizes
 
 
-def _spans(counts: Tensor, total: int) -> list[slice]:
+def spans(counts: Tensor, total: int) -> list[slice]:
     """Where each expert's rows are."""
     return [slice(*edges) for edges in pairwise(accumulate(_sizes(counts, total), initial=0))]
 
@@ -159,11 +161,11 @@ def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if 0 in rows.stride():  # an expanded gradient
         rows = rows.contiguous()
     total, width = rows.shape[0], weight.shape[2]
-    loops = _uses_onednn(rows, width)
+    loops = uses_onednn(rows, width)
     if not loops and _is_native(rows, weight, width):
         return grouped_product(rows, weight, offs=_offsets(counts, total))
     result = rows.new_empty(total, width)
-    for span, matrix in zip(_spans(counts, total), weight.unbind(), strict=True):
+    for span, matrix in zip(spans(counts, total), weight.unbind(), strict=True):
         if span.start == span.stop:
             continue
         if loops:
@@ -221,11 +223,11 @@ torch.library.register_autograd(
 @torch.library.impl(_LIBRARY, "grouped_outer", "CompositeExplicitAutograd")
 def _(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     a, b = (x.contiguous() if 0 in x.stride() else x for x in (a, b))
-    loops = _uses_onednn(a, b.shape[1])
+    loops = uses_onednn(a, b.shape[1])
     if not loops and _is_native(a, b, b.shape[1]):
         return grouped_product(a.t(), b, offs=_offsets(counts, a.shape[0]))
     result = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
-    for span, out in zip(_spans(counts, a.shape[0]), result.unbind(), strict=True):
+    for span, out in zip(spans(counts, a.shape[0]), result.unbind(), strict=True):
         if span.start == span.stop:
             out.zero_()
         elif loops:
@@ -301,7 +303,7 @@ def _(rows: Tensor, counts: Tensor) -> Tensor:
         return total.to(rows.dtype)
     # index_add_ is up to three times faster, but adds in sequence: a larger error than eager's.
     result = rows.new_empty(counts.shape[0], *rows.shape[1:])
-    for span, out in zip(_spans(counts, rows.shape[0]), result.unbind(), strict=True):
+    for span, out in zip(spans(counts, rows.shape[0]), result.unbind(), strict=True):
         torch.sum(rows[span], 0, out=out)
     return result
 

@@ -271,8 +271,13 @@ def _run_reduce_scatter(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
         for block, piece in zip(padded, whole.split(list(sizes)), strict=True):
             block[: piece.shape[0]] = piece
         whole = padded.flatten(0, 1)
-    out = x.new_empty(widest, *whole.shape[1:])
-    _reduce_scatter(out, whole.contiguous(), group=group)
+    if x.device.type == "cpu":  # where gloo would reduce all of it on every rank
+        parts = torch.empty_like(whole, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(parts, whole.contiguous(), group=group)
+        out = parts.unflatten(0, (len(sizes), widest)).sum(0)
+    else:
+        out = x.new_empty(widest, *whole.shape[1:])
+        _reduce_scatter(out, whole.contiguous(), group=group)
     return out[:own].movedim(0, dim).contiguous()
 
 

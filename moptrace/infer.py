@@ -131,7 +131,7 @@ def _choose(rule: Rule, held: Sequence[Held], parts: int) -> Split | None:
 def _split_of(rule: Rule, dims: Dims, operand: Held) -> Split | None:
     """The factor that an operand has split already."""
     match operand.kind:
-        case Shard(dim, blocks):
+        case Shard(dim, blocks) if dim < len(dims):  # else the checker objects to the placement
             return factor_at(rule, dims[dim], blocks)
         case Rows() if rule.together:  # what travels is split evenly
             return None

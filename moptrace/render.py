@@ -40,6 +40,7 @@ from torch import Tensor, fx
 from moptrace import roles
 from moptrace.core import Buffer, Input, Level, Parameter, Program, State
 from moptrace.fold import runs, wired_alike
+from moptrace.kernels.expert_function import ExpertFunction
 from moptrace.placement import Invariant, Partial, Placement, Rows, Shard
 from moptrace.random import draw
 from moptrace.reshard import reshard, route
@@ -439,7 +440,25 @@ def _sections(program: Program, fold: bool) -> Iterator[list[Line]]:
             yield [Line(heading=title, sign=""), *_lines(inputs, write, fold)]
     body = [node for node in nodes if node.op not in ("placeholder", "output")]
     yield [Line(heading="nodes", sign=""), *_lines(body, write, fold)]
+    for function in dict.fromkeys(n.target for n in body if isinstance(n.target, ExpertFunction)):
+        yield [Line(heading=f"{function.name}, for each expert", sign=""), *_inside(function)]
     yield [Line(heading="outputs", sign=""), *_outputs(program)]
+
+
+def _inside(function: ExpertFunction) -> Iterator[Line]:
+    """The operators that an expert's function is made of."""
+    counts, *inputs = function.graph.find_nodes(op="placeholder")
+    yield Line(f"%{counts.name}", "[experts]")
+    sides = {"rows": "rows", "experts": "experts", "all": ""}
+    for node, operand in zip(inputs, function.operands, strict=True):
+        sizes = filter(None, (sides[operand.kind], *map(str, operand.shape)))
+        yield Line(f"%{node.name}", f"{_dtype(operand.dtype)}[{', '.join(sizes)}]")
+    for node in function.graph.nodes:
+        if node.op == "call_function":
+            yield Line(f"%{node.name}", "", call_text(node))
+    yield Line(
+        "returned", "", ", ".join(map(percent, function.graph.output_node().all_input_nodes))
+    )
 
 
 def _outputs(program: Program) -> Iterator[Line]:

@@ -10,6 +10,7 @@ from moptrace.passes.causal_convolutions import causal_convolutions
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
+from moptrace.passes.fuse_experts import fuse_experts
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
 from moptrace.passes.localize import localize
 from moptrace.passes.normalize_losses import normalize_losses
@@ -64,5 +65,6 @@ def sharded(
         report_replicated_tokens(asked=plan.context == "gather"),
         localize(),
         bucket_gathers(),
+        fuse_experts(),
         name="sharded",
     )

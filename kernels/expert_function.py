@@ -1,0 +1,540 @@
+"""The function of all experts as one operator, which runs expert by expert.
+
+An expert's function is a graph of grouped products and of operators that treat each row alone.
+Running one node after another over all rows moves every intermediate result through memory. Here
+all nodes run on the rows of one expert while these are in cache, forward and backward; only the
+rows that go in and come out, and the results of products, exist for all experts at once. (With
+few rows for each expert there is nothing to save, and all rows are done at once.)
+
+The graph is differentiated once, when the operator is made. Its backward consists of the same
+operators, and so both run in the same way: ``_Expertwise`` on a CPU, and elsewhere all rows at
+once, by the grouped kernels. ``moptrace.kernels.reference`` says what the products mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.fx.node import map_arg
+
+from moptrace.kernels import onednn
+from moptrace.kernels.grouped_mm import ONEDNN_WIDTH, ROW_MULTIPLE, spans, uses_onednn
+
+__all__ = ["ExpertFunction", "Operand", "expert_function"]
+
+aten, ops = torch.ops.aten, torch.ops.moptrace
+
+PRODUCT, OUTER = ops.grouped_mm.default, ops.grouped_outer.default
+EXPERT_ROWS, GROUP_SUM = ops.expert_rows.default, ops.group_sum.default
+
+
+# Rows of an average expert from which it pays to run expert by expert. With fewer, the calls cost
+# more than what the cache saves: benchmarks/step_time.py at 512 tokens (64 rows) and 4,096 (512).
+EXPERTWISE_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor that an expert's function takes.
+
+    It has a row for each pair ("rows" [S, *shape]), a part for each expert ("experts"
+    [E, *shape]), or is the same for all ("all" [*shape]).
+    """
+
+    kind: Literal["rows", "experts", "all"]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertFunction:
+    """An operator ``f(counts, *tensors)`` that gives rows; made by ``expert_function``.
+
+    counts int64 [E], tensors as ``operands`` say -> rows [S, ...], or a tuple of them if the
+    function has several results.
+
+    Requires: ``counts`` adds up to S. Ensures: the value and the derivatives of ``graph``, which is
+    what the operator means. From forward to backward it keeps its operands and the results of the
+    products that the gradients need; everything else is computed again. The gradient of an expert
+    without rows is zero. Differentiable twice: the second time through ``graph``.
+    """
+
+    name: str
+    graph: fx.Graph
+    operands: tuple[Operand, ...]
+    _kept: int
+    _forward: _Grouped = field(repr=False)
+    _backward: _Grouped = field(repr=False)
+
+    @property
+    def __name__(self) -> str:  # as fx writes the target of a call
+        return self.name
+
+    @cached_property
+    def meaning(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The graph as a function that runs one operator after another, over all rows."""
+        return fx.GraphModule(torch.nn.Module(), self.graph)
+
+    @property
+    def results(self) -> int:
+        return len(_outputs(self.graph))
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in arguments):
+            results = _Differentiable.apply(self, *arguments)
+        else:
+            results = self._forward(arguments, range(self.results))
+        return results if self.results > 1 else results[0]
+
+    def run(self, arguments: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The results, followed by what the backward needs beside the arguments."""
+        return self._forward(arguments, range(self.results + self._kept))
+
+    def differentiate(
+        self, arguments: Sequence[Any], wanted: Sequence[int]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of the wanted operands.
+
+        ``arguments`` are those of the function, what ``run`` kept, and the results' gradients.
+        """
+        return self._backward(arguments, wanted)
+
+
+class _Differentiable(torch.autograd.Function):
+    """``ExpertFunction`` under autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, function: ExpertFunction, *arguments: Tensor) -> tuple[Tensor, ...]:
+        found = function.run(arguments)
+        ctx.function, ctx.count = function, len(arguments)
+        kept = found[function.results :]
+        # On a CPU a product's result is a list of tensors, one for each expert.
+        ctx.lengths = [len(x) if isinstance(x, list) else None for x in kept]
+        flat = [part for x in kept for part in (x if isinstance(x, list) else [x])]
+        ctx.save_for_backward(*arguments, *flat)
+        return found[: function.results]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        function: ExpertFunction = ctx.function
+        arguments, flat = ctx.saved_tensors[: ctx.count], list(ctx.saved_tensors[ctx.count :])
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                results = function.meaning(*arguments)
+            leaves = [arguments[1 + i] for i in wanted]
+            found = torch.autograd.grad(
+                results, leaves, gradients, create_graph=True, allow_unused=True
+            )
+        else:
+            kept: list[Any] = []
+            for length in ctx.lengths:
+                taken = 1 if length is None else length
+                kept.append(flat[0] if length is None else flat[:taken])
+                flat = flat[taken:]
+            whole = [g.contiguous() for g in gradients]
+            found = function.differentiate([*arguments, *kept, *whole], wanted)
+        by_place = dict(zip(wanted, found, strict=True))
+        return None, None, *(by_place.get(i) for i in range(ctx.count - 1))
+
+
+# --- deriving -------------------------------------------------------------------------------------
+
+
+def expert_function(
+    graph: fx.Graph, operands: Sequence[Operand], name: str = "expert_function"
+) -> ExpertFunction:
+    """Make an operator of a graph, and differentiate it.
+
+    The graph's placeholders are the counts, then ``operands``; it returns a tuple of rows.
+
+    Requires: floating results; the graph has grouped products, ``expert_rows`` and operators that
+    treat each row alone. Raises ValueError for a graph whose gradients would need more.
+
+    >>> graph = fx.Graph()
+    >>> counts, rows, weight = (graph.placeholder(n) for n in ("counts", "rows", "weight"))
+    >>> product = graph.call_function(PRODUCT, (rows, weight, counts))
+    >>> _ = graph.output((graph.call_function(aten.relu.default, (product,)),))
+    >>> float64 = torch.float64
+    >>> operands = [Operand("rows", (2,), float64), Operand("experts", (2, 1), float64)]
+    >>> f = expert_function(graph, operands)
+    >>> weight = torch.tensor([[[1.0], [1.0]], [[-1.0], [0.0]]], dtype=float64)
+    >>> f(torch.tensor([2, 1]), torch.ones(3, 2, dtype=float64), weight).flatten().tolist()
+    [2.0, 2.0, 0.0]
+    """
+    joint, constants = _joint(graph, operands)
+    forward, backward = _parted(joint, len(operands), len(_outputs(graph)), _products(graph))
+    results = len(_outputs(graph))
+    kept = len(_outputs(forward)) - results
+    is_rows = [x.kind == "rows" for x in operands]
+    of_backward = [*is_rows, *[True] * (kept + results)]
+    rounds = any(_is_wide(node) for node in forward.nodes if node.target is PRODUCT)
+    return ExpertFunction(
+        name,
+        graph,
+        tuple(operands),
+        kept,
+        _Grouped(forward, constants, is_rows, rounds, results),
+        _Grouped(backward, constants, of_backward, rounds, len(operands)),
+    )
+
+
+def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Results and gradients in one graph, for any number of rows and experts; its constants."""
+    run = fx.GraphModule(torch.nn.Module(), graph)
+    floating = [x.dtype.is_floating_point for x in operands]
+
+    def step(counts: Tensor, *arguments: Tensor) -> list[Tensor | None]:
+        given, gradients = arguments[: len(operands)], arguments[len(operands) :]
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_(f) for x, f in zip(given, floating, strict=True)]
+            results = run(counts, *leaves)
+        found = iter(
+            torch.autograd.grad(
+                results, [x for x in leaves if x.requires_grad], gradients, allow_unused=True
+            )
+        )
+        return [*results, *(next(found) if f else None for f in floating)]
+
+    # Autograd makes real tensors of numbers, such as the zero of a clamp's gradient.
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+    rows, experts = mode.from_tensor(torch.empty(11, 5), symbolic_context=free).shape
+    first: dict[str, list[Any]] = {"rows": [rows], "experts": [experts], "all": []}
+    with mode:
+        counts = torch.empty(experts, dtype=torch.int64)
+        given = [torch.empty(*first[x.kind], *x.shape, dtype=x.dtype) for x in operands]
+        gradients = [torch.empty_like(x) for x in run(counts, *given)]
+    if not all(x.is_floating_point() for x in gradients):
+        raise ValueError("a result of the experts is not of a floating dtype")
+    traced = make_fx(step, _allow_non_fake_inputs=True)(counts, *given, *gradients)
+    constants: dict[str, Tensor] = {}
+    for node in list(traced.graph.nodes):
+        if node.op == "get_attr":
+            constants[node.target] = getattr(traced, node.target)
+        if node.target is aten.detach.default:  # which autograd leaves behind
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    return traced.graph, constants
+
+
+def _parted(
+    joint: fx.Graph, operands: int, results: int, products: int
+) -> tuple[fx.Graph, fx.Graph]:
+    """The forward, which also returns the products to keep; and the backward, which takes them."""
+    inputs = joint.find_nodes(op="placeholder")
+    counts, given, gradients = inputs[0], inputs[1 : operands + 1], inputs[operands + 1 :]
+    returned = joint.output_node().args[0]
+    assert isinstance(returned, (list, tuple))
+    # The forward comes first, so the first products are its own.
+    of_forward = [n for n in joint.nodes if n.target is PRODUCT][:products]
+    backward = _extracted(joint, [counts, *given], of_forward, gradients, returned[results:])
+    takes = backward.find_nodes(op="placeholder")
+    between = slice(operands + 1, operands + 1 + products)
+    needed = [bool(node.users) for node in takes[between]]
+    for node, is_needed in zip(takes[between], needed, strict=True):
+        if not is_needed:
+            backward.erase_node(node)
+    kept = [node for node, is_needed in zip(of_forward, needed, strict=True) if is_needed]
+    forward = _extracted(joint, [counts, *given], [], [], [*returned[:results], *kept])
+    return forward, backward
+
+
+def _extracted(
+    joint: fx.Graph,
+    inputs: Sequence[fx.Node],
+    kept: Sequence[fx.Node],
+    gradients: Sequence[fx.Node],
+    returned: Sequence[Any],
+) -> fx.Graph:
+    """The part of a graph that computes some of its nodes, given others."""
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in (*inputs, *kept, *gradients):
+        new[node] = graph.placeholder(node.name)
+        new[node].meta = dict(node.meta)
+    for node in joint.nodes:
+        is_known = all(x in new for x in node.all_input_nodes)
+        if node.op in ("call_function", "get_attr") and node not in new and is_known:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    graph.output(tuple(x if x is None else new[x] for x in returned))
+    graph.eliminate_dead_code()
+    return graph
+
+
+def _products(graph: fx.Graph) -> int:
+    return len([node for node in graph.nodes if node.target is PRODUCT])
+
+
+def _outputs(graph: fx.Graph) -> tuple[Any, ...]:
+    returned = graph.output_node().args[0]
+    assert isinstance(returned, tuple)
+    return returned
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+class _Grouped:
+    """A graph over the rows of all experts, which is run for some of its outputs.
+
+    Its first placeholder are the counts; ``is_rows`` says which of the others are rows. On a CPU,
+    outputs from number ``kept`` on are lists of one tensor for each expert that has rows, and such
+    lists are taken in place of rows. With ``rounds``, an expert's rows are padded to a round number
+    where oneDNN multiplies them.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        constants: dict[str, Any],
+        is_rows: Sequence[bool],
+        rounds: bool,
+        kept: int,
+    ):
+        self.graph, self.constants, self.rounds, self.kept = graph, constants, rounds, kept
+        self.inputs = graph.find_nodes(op="placeholder")
+        self.rows = {x for x, own in zip(self.inputs[1:], is_rows, strict=True) if own}
+        self.example = next(i for i, x in enumerate(self.inputs) if x in self.rows)
+        self._plans: dict[tuple[int, ...], _Expertwise] = {}
+        self._plan(tuple(range(len(_outputs(graph)))))
+
+    @cached_property
+    def _whole(self) -> Callable[..., tuple[Any, ...]]:
+        """All rows at once, by the grouped kernels."""
+        return fx.GraphModule(self.constants, self.graph)
+
+    def _plan(self, wanted: tuple[int, ...]) -> _Expertwise:
+        if wanted not in self._plans:
+            self._plans[wanted] = _Expertwise(self, wanted)
+        return self._plans[wanted]
+
+    def __call__(self, arguments: Sequence[Any], wanted: Sequence[int]) -> tuple[Any, ...]:
+        counts, rows = arguments[0], arguments[self.example].shape[0]
+        is_real = counts.device.type == "cpu" and not is_fake(counts)
+        if is_real and rows >= EXPERTWISE_ROWS * counts.shape[0]:
+            return self._plan(tuple(wanted))(arguments)
+        found = self._whole(*arguments)
+        return tuple(found[i] for i in wanted)
+
+
+class _Expertwise:
+    """A graph cut in three: what depends on no rows, what is done for each expert, and the rest.
+
+    What is done for each expert becomes a function of the expert's rows and of its parts of
+    parameters, which writes its results where they belong.
+    """
+
+    def __init__(self, grouped: _Grouped, wanted: tuple[int, ...]):
+        self.inputs, self.rounds = grouped.inputs, grouped.rounds
+        self.constants = grouped.constants
+        outputs = _outputs(grouped.graph)
+        self.outputs = [outputs[i] for i in wanted]
+        self.kept = [outputs[i] for i in wanted if i >= grouped.kept]
+        needed = _needed(self.outputs)
+        self.rows = [x for x in self.inputs if x in grouped.rows and x in needed]
+        self.example = grouped.example
+        self.before: list[fx.Node] = []
+        self.inside: dict[fx.Node, None] = {}
+        self.after: dict[fx.Node, None] = {}
+        for node in grouped.graph.nodes:
+            if node in needed:
+                self._sort(node, node in grouped.rows)
+        results = (x for i, x in zip(wanted, self.outputs, strict=True) if i < grouped.kept)
+        self.sums = [x for x in self.inside if _is_sum(x)]
+        rows = (x for x in results if x in self.inside and not _is_sum(x))
+        self.results = list(dict.fromkeys(rows))
+        self.parts = [x for x in self.before if any(user in self.inside for user in x.users)]
+        self.parts = [x for x in self.parts if x is not self.inputs[0]]
+        self._expert = self._written()
+
+    def _sort(self, node: fx.Node, is_rows: bool) -> None:
+        inputs = [x for x in node.all_input_nodes if not _is_constant(x)]
+        rows = is_rows or any(x in self.inside and not _is_sum(x) for x in inputs)
+        sums = any(x in self.after or _is_sum(x) for x in inputs)
+        if rows and sums:
+            raise ValueError(f"{node.format_node()} takes rows and sums over rows")
+        if rows or _is_constant(node):
+            self.inside[node] = None
+        elif sums:
+            self.after[node] = None
+        else:
+            self.before.append(node)
+
+    def _written(self) -> Callable[..., tuple[Tensor, ...]]:
+        """One expert's function: of its number of rows, its rows, its parts, and where to write."""
+        graph = fx.Graph()
+        count = graph.placeholder("count")
+        new = {x: graph.placeholder(x.name) for x in self.rows}
+        part = {x: graph.placeholder(x.name) for x in self.parts}
+        place = {x: graph.placeholder(f"to_{x.name}") for x in (*self.results, *self.sums)}
+        written = set[fx.Node]()
+        for node in self.inside:
+            if node in new:
+                continue
+            xs: Any = node.args
+            if node.target is PRODUCT and node in place and self._is_only_returned(node):
+                args = (new[xs[0]], part[xs[1]], count, place[node])
+                graph.call_function(_multiply_to, args)
+                written.add(node)
+            elif node.target is PRODUCT:
+                new[node] = graph.call_function(_multiply, (new[xs[0]], part[xs[1]]))
+            elif node.target is OUTER:
+                graph.call_function(_outer_to, (new[xs[0]], new[xs[1]], count, place[node]))
+            elif node.target is GROUP_SUM:
+                graph.call_function(_sum_to, (new[xs[0]], count, place[node]))
+            elif node.target is EXPERT_ROWS:
+                new[node] = graph.call_function(_repeat, (part[xs[0]], new[xs[2]]))
+            elif any(x in part for x in node.all_input_nodes):
+                raise ValueError(f"{node.format_node()} takes the parameters of all experts")
+            else:
+                new[node] = graph.node_copy(node, new.__getitem__)
+        for node in self.results:
+            if node not in written:
+                graph.call_function(_copy_to, (new[node], count, place[node]))
+        graph.output(tuple(new[x] for x in self.kept))
+        return fx.GraphModule(self.constants, graph)
+
+    def _is_only_returned(self, node: fx.Node) -> bool:
+        return node not in self.kept and not any(user in self.inside for user in node.users)
+
+    def __call__(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        values: dict[fx.Node, Any] = dict(zip(self.inputs, arguments, strict=True))
+        for node in self.before:
+            if node.op != "placeholder":
+                values[node] = _call(node, values)
+        counts, rows = arguments[0], [values[x] for x in self.rows]
+        like = arguments[self.example]
+        total = like.shape[0]
+        for nodes, length in ((self.results, total), (self.sums, counts.shape[0])):
+            for node in nodes:
+                values[node] = _new(node, length, like)
+        parts = [values[x].unbind() for x in self.parts]
+        results = [values[x] for x in self.results]
+        sums = [values[x].unbind() for x in self.sums]
+        multiple = ROW_MULTIPLE if self.rounds and onednn.is_faster() else 1
+        kept: list[tuple[Tensor, ...]] = []
+        for expert, span in enumerate(spans(counts, total)):
+            count = span.stop - span.start
+            if not count:
+                for x in sums:
+                    x[expert].zero_()
+                kept.append(())
+                continue
+            taken = [
+                x[expert] if isinstance(x, list) else _padded(x[span], -count % multiple)
+                for x in rows
+            ]
+            own, to = [x[expert] for x in parts], [x[span] for x in results]
+            kept.append(self._expert(count, *taken, *own, *to, *(x[expert] for x in sums)))
+        for number, node in enumerate(self.kept):
+            values[node] = [x[number] if x else None for x in kept]
+        for node in self.after:
+            values[node] = _call(node, values)
+        return tuple(x if x is None else values[x] for x in self.outputs)
+
+
+def _needed(outputs: Sequence[fx.Node | None]) -> set[fx.Node]:
+    """The nodes that the outputs depend on."""
+    needed: set[fx.Node] = set()
+    waiting = [x for x in outputs if x is not None]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    return needed
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether a node takes rows and gives a part for each expert."""
+    return node.target in (OUTER, GROUP_SUM)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node depends on nothing, such as a number that autograd made a tensor of."""
+    return node.op != "placeholder" and not node.all_input_nodes
+
+
+def _is_wide(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return value.dtype is torch.float32 and value.shape[1] >= ONEDNN_WIDTH
+
+
+def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _new(node: fx.Node, length: int, like: Tensor) -> Tensor:
+    value = node.meta["val"]
+    return like.new_empty(length, *value.shape[1:], dtype=value.dtype)
+
+
+def _padded(rows: Tensor, missing: int) -> Tensor:
+    """The rows with zeros after them."""
+    if not missing:
+        return rows
+    count = rows.shape[0]
+    wide = rows.new_empty(count + missing, *rows.shape[1:])
+    wide[:count] = rows
+    wide[count:] = 0
+    return wide
+
+
+# What one expert's function is made of. Its rows may have others after them, whose values nobody
+# wants: only sums over rows must leave them out.
+
+
+def _multiply(rows: Tensor, matrix: Tensor) -> Tensor:
+    fast = uses_onednn(rows, matrix.shape[1])
+    return onednn.multiply(rows, matrix) if fast else torch.mm(rows, matrix)
+
+
+def _multiply_to(rows: Tensor, matrix: Tensor, count: int, to: Tensor) -> None:
+    if uses_onednn(rows, matrix.shape[1]):
+        to.copy_(onednn.multiply(rows, matrix)[:count])
+    else:
+        torch.mm(rows[:count], matrix, out=to)
+
+
+def _outer_to(a: Tensor, b: Tensor, count: int, to: Tensor) -> None:
+    if uses_onednn(a, b.shape[1]):
+        a, b = (_without_tail(x, count) for x in (a, b))
+        to.copy_(onednn.multiply(a.t(), b))
+    else:
+        torch.mm(a[:count].t(), b[:count], out=to)
+
+
+def _without_tail(rows: Tensor, count: int) -> Tensor:
+    """The first rows, and zeros after them."""
+    if count == rows.shape[0]:
+        return rows
+    if 0 in rows.stride():  # a parameter, once for each row
+        rows = rows.contiguous()
+    rows[count:] = 0
+    return rows
+
+
+def _sum_to(rows: Tensor, count: int, to: Tensor) -> None:
+    torch.sum(rows[:count], 0, out=to)
+
+
+def _repeat(part: Tensor, rows: Tensor) -> Tensor:
+    return part.expand(rows.shape[0], *part.shape)
+
+
+def _copy_to(rows: Tensor, count: int, to: Tensor) -> None:
+    to.copy_(rows[:count])

@@ -1,0 +1,257 @@
+"""An expert's function run expert by expert is its graph run over all rows."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from moptrace.kernels import expert_function as module
+from moptrace.kernels import onednn
+from moptrace.kernels.expert_function import ExpertFunction, Operand, expert_function
+
+aten, ops = torch.ops.aten, torch.ops.moptrace
+COUNTS = ([3, 0, 20, 1, 7], [0, 0, 0, 0, 0], [16, 0, 0, 32, 1])
+
+
+@pytest.fixture(autouse=True, params=[0, 1 << 40], ids=["expert by expert", "all rows at once"])
+def least_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Both ways to run, whatever the number of rows."""
+    monkeypatch.setattr(module, "EXPERTWISE_ROWS", request.param)
+    return request.param
+
+
+class Writer:
+    """Writes the graph of an expert's function of width d and hidden width f."""
+
+    def __init__(self, d: int, f: int, dtype: torch.dtype):
+        self.d, self.f, self.dtype = d, f, dtype
+        self.graph = fx.Graph()
+        self.counts = self.graph.placeholder("counts")
+        self.operands: list[Operand] = []
+        self.rows = self.operand("rows", d)
+
+    def operand(self, kind: Any, *shape: int, dtype: torch.dtype | None = None) -> fx.Node:
+        self.operands.append(Operand(kind, shape, dtype or self.dtype))
+        return self.graph.placeholder(f"x{len(self.operands)}")
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def product(self, rows: fx.Node, weight: fx.Node) -> fx.Node:
+        return self(ops.grouped_mm.default, rows, weight, self.counts)
+
+    def linear(self, rows: fx.Node, inside: int, outside: int) -> fx.Node:
+        """A product with a parameter that is stored as ``nn.Linear`` does."""
+        weight = self.operand("experts", outside, inside)
+        return self.product(rows, self(aten.transpose.int, weight, 1, 2))
+
+    def bias(self, rows: fx.Node, width: int) -> fx.Node:
+        own = self.operand("experts", width)
+        each = self(ops.expert_rows.default, own, self.counts, self.rows)
+        return self(aten.add.Tensor, rows, each)
+
+    def halves(self, rows: fx.Node) -> tuple[fx.Node, fx.Node]:
+        both = self(aten.split.Tensor, rows, self.f, 1)
+        return self(operator.getitem, both, 0), self(operator.getitem, both, 1)
+
+    def made(self, *results: fx.Node) -> ExpertFunction:
+        self.graph.output(results)
+        return expert_function(self.graph, self.operands)
+
+
+def swiglu(w: Writer) -> ExpertFunction:
+    gate, up = w.halves(w.linear(w.rows, w.d, 2 * w.f))
+    return w.made(w.linear(w(aten.mul.Tensor, w(aten.silu.default, gate), up), w.f, w.d))
+
+
+def clamped_with_biases(w: Writer) -> ExpertFunction:
+    """As in gpt-oss; the gradient of a clamp has a constant in it."""
+    gate, up = w.halves(w.bias(w.linear(w.rows, w.d, 2 * w.f), 2 * w.f))
+    gate, up = w(aten.clamp.default, gate, None, 0.7), w(aten.clamp.default, up, -0.7, 0.7)
+    gated = w(aten.mul.Tensor, gate, w(aten.sigmoid.default, w(aten.mul.Tensor, gate, 1.702)))
+    hidden = w(aten.mul.Tensor, w(aten.add.Tensor, up, 1), gated)
+    return w.made(w.bias(w.linear(hidden, w.f, w.d), w.d))
+
+
+def squared_relu(w: Writer) -> ExpertFunction:
+    """No gate, and weights that are stored as they are used."""
+    hidden = w.product(w.rows, w.operand("experts", w.d, w.f))
+    hidden = w(aten.pow.Tensor_Scalar, w(aten.relu.default, hidden), 2)
+    return w.made(w.product(hidden, w.operand("experts", w.f, w.d)))
+
+
+def three_products_and_two_results(w: Writer) -> ExpertFunction:
+    one = w(aten.tanh.default, w.linear(w.rows, w.d, w.f))
+    two = w(aten.gelu.default, w.linear(one, w.f, w.f))
+    return w.made(w.linear(two, w.f, w.d), one)
+
+
+def one_weight_twice(w: Writer) -> ExpertFunction:
+    weight = w.operand("experts", w.d, w.d)
+    hidden = w(aten.silu.default, w.product(w.rows, weight))
+    return w.made(w.product(w(aten.add.Tensor, hidden, w.rows), weight))
+
+
+def in_a_wider_type(w: Writer) -> ExpertFunction:
+    """The activation in float64, which is exact for all narrower types."""
+    hidden = w(aten._to_copy.default, w.linear(w.rows, w.d, w.f), dtype=torch.float64)
+    hidden = w(aten._to_copy.default, w(aten.exp.default, hidden), dtype=w.dtype)
+    return w.made(w.linear(hidden, w.f, w.d))
+
+
+def scaled_for_all(w: Writer) -> ExpertFunction:
+    """A scale that all experts share."""
+    hidden = w.linear(w.rows, w.d, w.f)
+    one = w(aten.view.default, w.operand("all", w.f), [1, w.f])
+    experts = w(aten.sym_size.int, w.counts, 0)
+    each = w(aten.expand.default, one, [experts, w.f])
+    each = w(ops.expert_rows.default, each, w.counts, w.rows)
+    return w.made(w.linear(w(aten.mul.Tensor, hidden, each), w.f, w.d))
+
+
+def normalised(w: Writer) -> ExpertFunction:
+    """A row of zeros has no direction: padding must reach neither results nor gradients."""
+    hidden = w.linear(w.rows, w.d, w.f)
+    length = w(
+        aten.sqrt.default, w(aten.sum.dim_IntList, w(aten.square.default, hidden), [1], True)
+    )
+    return w.made(w.linear(w(aten.div.Tensor, hidden, length), w.f, w.d))
+
+
+FUNCTIONS = (
+    swiglu, clamped_with_biases, squared_relu, three_products_and_two_results, one_weight_twice,
+    in_a_wider_type, scaled_for_all, normalised,
+)  # fmt: skip
+every_function = pytest.mark.parametrize("write", FUNCTIONS, ids=lambda f: f.__name__)
+
+
+def leaves(function: ExpertFunction, counts: list[int]) -> list[Tensor]:
+    torch.manual_seed(0)
+    first = {"rows": [sum(counts)], "experts": [len(counts)], "all": []}
+    return [
+        torch.randn(*first[x.kind], *x.shape, dtype=x.dtype).requires_grad_()
+        for x in function.operands
+    ]
+
+
+def assert_same(
+    function: ExpertFunction,
+    counts: list[int],
+    tolerance: float,
+    change: Callable[[list[Tensor]], None] = lambda xs: None,
+) -> None:
+    """The results and every gradient are those of the graph over all rows."""
+    found: list[list[Tensor]] = []
+    for run in (function, function.meaning):
+        xs = leaves(function, counts)
+        change(xs)
+        results = run(torch.tensor(counts), *xs)
+        results = results if isinstance(results, tuple) else (results,)
+        trained = [x for x in xs if x.requires_grad]
+        torch.manual_seed(1)
+        gradients = [torch.randn_like(y) for y in results]
+        found.append([*results, *torch.autograd.grad(results, trained, gradients)])
+    for have, want in zip(*found, strict=True):
+        assert torch.isfinite(have).all()
+        torch.testing.assert_close(have, want, rtol=tolerance, atol=tolerance)
+
+
+@every_function
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_the_value_and_the_gradients_are_those_of_the_graph(
+    write: Callable[[Writer], ExpertFunction], counts: list[int]
+) -> None:
+    assert_same(write(Writer(4, 6, torch.float64)), counts, 1e-12)
+
+
+@every_function
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_rows_that_are_padded_are_in_no_result(
+    write: Callable[[Writer], ExpertFunction], counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+    assert_same(write(Writer(64, 80, torch.float32)), counts, 3e-3)
+
+
+def test_bfloat16() -> None:
+    assert_same(swiglu(Writer(8, 16, torch.bfloat16)), COUNTS[0], 5e-2)
+
+
+def test_weights_may_be_frozen_and_rows_need_no_gradient() -> None:
+    function = clamped_with_biases(Writer(4, 6, torch.float64))
+    for number in range(len(function.operands)):
+        for only in (True, False):
+
+            def change(xs: list[Tensor], number: int = number, only: bool = only) -> None:
+                for i, x in enumerate(xs):
+                    x.requires_grad_((i == number) == only)
+
+            assert_same(function, COUNTS[0], 1e-12, change)
+
+
+def test_operands_may_lie_in_memory_as_they_like() -> None:
+    def strided(xs: list[Tensor]) -> None:
+        for i, x in enumerate(xs):
+            wide = torch.stack([x.detach(), x.detach()], -1)
+            xs[i] = wide[..., 0].requires_grad_()
+
+    assert_same(swiglu(Writer(4, 6, torch.float64)), COUNTS[0], 1e-12, strided)
+
+
+def test_a_gradient_may_be_expanded() -> None:
+    function = swiglu(Writer(4, 6, torch.float64))
+    one, other = leaves(function, COUNTS[0]), leaves(function, COUNTS[0])
+    counts = torch.tensor(COUNTS[0])
+    function(counts, *one).sum().backward()
+    function.meaning(counts, *other)[0].sum().backward()
+    for x, y in zip(one, other, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_derivatives_have_derivatives() -> None:
+    function = swiglu(Writer(2, 3, torch.float64))
+    counts = torch.tensor([2, 0, 1])
+    xs = leaves(function, [2, 0, 1])
+    assert torch.autograd.gradgradcheck(lambda *x: function(counts, *x), xs)
+
+
+def test_nothing_is_kept_where_nothing_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = swiglu(Writer(4, 6, torch.float64))
+    xs = leaves(function, COUNTS[0])
+    monkeypatch.setattr(module._Differentiable, "forward", None)
+    with torch.no_grad():
+        assert function(torch.tensor(COUNTS[0]), *xs).shape == (31, 4)
+
+
+def test_what_is_kept_are_the_products_that_gradients_need(least_rows: int) -> None:
+    function = swiglu(Writer(4, 6, torch.float64))
+    arguments = [torch.tensor(COUNTS[0]), *leaves(function, COUNTS[0])]
+    with torch.no_grad():
+        _, *kept = function.run(arguments)
+    if least_rows:
+        assert [list(x.shape) for x in kept] == [[31, 12]]
+        return
+    shapes = [None if x is None else list(x.shape) for x in kept[0]]
+    assert len(kept) == 1 and shapes == [[3, 12], None, [20, 12], [1, 12], [7, 12]]
+
+
+def test_counts_must_add_up_to_the_rows() -> None:
+    function = swiglu(Writer(4, 6, torch.float64))
+    xs = leaves(function, [2, 1])
+    with pytest.raises(ValueError, match="the counts add up to 2, but there are 3 rows"):
+        function(torch.tensor([1, 1]), *xs)
+
+
+def test_sums_over_the_rows_of_all_experts_are_refused() -> None:
+    w = Writer(4, 6, torch.float64)
+    first = w.linear(w.rows, w.d, w.f)
+    share = w(ops.group_sum.default, first, w.counts)
+    with pytest.raises(ValueError, match="takes rows and sums over rows"):
+        w.made(w.product(first, w(aten.unsqueeze.default, share, -1)))
