@@ -211,7 +211,9 @@ def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> tuple[fx.Graph, dict
     # Autograd makes real tensors of numbers, such as the zero of a clamp's gradient.
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
-    rows, experts = mode.from_tensor(torch.empty(11, 5), symbolic_context=free).shape
+    rows, experts = mode.from_tensor(
+        torch.empty(11, 5, dtype=torch.int64), symbolic_context=free
+    ).shape
     first: dict[str, list[Any]] = {"rows": [rows], "experts": [experts], "all": []}
     with mode:
         counts = torch.empty(experts, dtype=torch.int64)

@@ -196,10 +196,10 @@ def bytes_sent(journey: Journey, at: int = 0) -> int:
 
     Requires: no ``Exchange`` of as many rows as values say: ``Ring.costs`` has those bytes.
     """
-    total = 0
+    total, answer = 0, None
     try:
         while True:
-            request = next(journey)
+            request, answer = journey.send(answer), ()
             if isinstance(request, Start):
                 total += sum(x.numel() * x.element_size() for x in request.send)
             elif isinstance(request, Exchange):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,20 +13,25 @@ import torch
 from torch import Tensor, fx, nn
 
 import moptrace.simulate
+from double import InFloat64
 from moptrace import roles, state
 from moptrace.collectives import Collective
 from moptrace.core import Level, Pass, Program, chain
 from moptrace.errors import PassError
 from moptrace.explain import Explanation, explain
 from moptrace.passes.bucket_gathers import bucket_gathers
-from moptrace.passes.default import canonical
+from moptrace.passes.default import canonical, sharded
 from moptrace.passes.localize import localize
 from moptrace.passes.place import place
 from moptrace.passes.shard_parameters import shard_batch, shard_parameters
 from moptrace.placement import Layout
+from moptrace.plan import Plan
+from moptrace.rings import Exchange, Start, drive_together
 from moptrace.roles import Component
 from moptrace.testing import SimulatedRanks, whole_state
 from moptrace.trace import trace
+from test_tensor_parallel import batch as tokens
+from test_tensor_parallel import subject
 from tiny_mixtral import CHOSEN, EXPERTS, HIDDEN, VOCABULARY, WIDTH, TinyMixtral
 
 BATCH, LENGTH = 8, 6
@@ -161,6 +166,8 @@ class Meter:
 
     def __init__(self, run: Callable[..., Any]) -> None:
         self.run = run
+        self.world = 1
+        self.groups: list[float] = []
         self.count = Counter[str]()
         self.bytes = Counter[str]()
 
@@ -176,7 +183,7 @@ class Meter:
         results = self.run(row, layout, axis, beside, extra, parts)
         ranks = len(parts)
         kind = row.name.removesuffix("_invariant")
-        if kind not in ("vary", "take_shard", "take_replicated", "place_shard"):
+        if kind not in ("vary", "take_shard", "take_replicated", "place_shard", "count_once"):
             groups = layout.world_size // ranks
             self.count[kind] += 1 / groups
             sizes = [x.numel() * x.element_size() for x in parts]
@@ -188,15 +195,44 @@ class Meter:
                 "exchange_counts": (ranks - 1) * max(out) // ranks,
                 "send_rows": sum(sizes) / ranks * (ranks - 1) / ranks,
                 "return_rows": sum(sizes) / ranks * (ranks - 1) / ranks,
+                "all_to_all": (ranks - 1) * max(sizes) // ranks,
             }[kind]
-            self.bytes[kind] += sent / groups
+            self.groups.append(sent)
+            if (
+                len(self.groups) == groups
+            ):  # what the fullest sends; of rows, what they send on average
+                rows = kind in ("send_rows", "return_rows")
+                self.bytes[kind] += sum(self.groups) / groups if rows else max(self.groups)
+                self.groups.clear()
         return results
+
+    def together(self, journeys: Sequence[Any]) -> list[Any]:
+        """Run the coroutines of a ring, and count what the first rank of each sends."""
+        rings = self.world // len(journeys)
+        return drive_together([self._counted(journeys[0], rings), *journeys[1:]])
+
+    def _counted(self, journey: Any, rings: int) -> Generator[Any, Any, Any]:
+        answer: Any = None
+        while True:
+            try:
+                request = journey.send(answer)
+            except StopIteration as end:
+                return end.value
+            if isinstance(request, Start):
+                sent = sum(x.numel() * x.element_size() for x in request.send)
+                self.bytes["ring"] += sent / rings
+            elif isinstance(request, Exchange):
+                rows = sum(request.out) - request.out[0]
+                sent = rows * request.send[:1].numel() * request.send.element_size()
+                self.bytes["ring"] += sent / rings
+            answer = yield request
 
 
 @pytest.fixture(name="meter")
 def meter_fixture(monkeypatch: pytest.MonkeyPatch) -> Meter:
     meter = Meter(moptrace.simulate._mean)
     monkeypatch.setattr(moptrace.simulate, "_mean", meter)
+    monkeypatch.setattr(moptrace.simulate, "drive_together", meter.together)
     return meter
 
 
@@ -214,6 +250,32 @@ def test_collectives_and_bytes_are_those_of_a_step(
     # Rows are those of all ranks together, so routing does not change their mean.
     assert moved == pytest.approx(dict(meter.bytes))
     assert {t.kind for t in found.traffic if t.expected} <= {"send_rows", "return_rows"}
+
+
+PLANS = (
+    (4, Plan(cp=2, ep=2)),
+    (4, Plan(cp=4, ep=4, context="ring")),
+    (4, Plan(tp=2, ep=4)),
+    (8, Plan(tp=2, cp=2, ep=2, context="ring", logits_bytes=0)),
+    (8, Plan(tp=2, dp_replicate=2, ep=4)),
+    (4, Plan(dp_replicate=2, ep=2, edp="replicate")),
+    (4, Plan(vp=2, ep=2, logits_bytes=0)),
+    (4, Plan(ep=1, logits_bytes=0)),
+)
+
+
+@pytest.mark.parametrize(("world", "plan"), PLANS, ids=str)
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "LoopWhere"])
+def test_bytes_are_those_of_a_step_under_every_kind_of_plan(
+    name: str, world: int, plan: Plan, meter: Meter
+) -> None:
+    traced, program = subject(name)
+    meter.world = world
+    with InFloat64():
+        local = sharded(plan.resolve(world, []), world)(program)
+        SimulatedRanks(local, whole_state(traced)).step(tokens(seed=1))
+    found = {t.kind: t.bytes for t in explain(local).traffic}
+    assert found == pytest.approx({kind: n for kind, n in meter.bytes.items() if n})
 
 
 @every_layout
