@@ -122,8 +122,9 @@ def _merge(graph: fx.Graph, bucket: list[_Gather], layout: Layout) -> None:
         flat = graph.call_function(ops.pack.default, ([g.shard for g in bucket], numels))
         _describe(flat, first, example.new_empty(own), (flat_placement,), _pack_rule(bucket))
         if first.copies is not None:
-            held = flat_placement.with_kind(first.copies, INVARIANT)
-            roles.set_role(flat, placements=(held,))
+            said = layout.said_along(flat_placement, first.copies)
+            assert said is not None
+            roles.set_role(flat, placements=(said.with_kind(first.copies, INVARIANT),))
             flat = graph.call_function(ops.vary.default, (flat, first.copies))
             _describe(flat, first, example.new_empty(own), (flat_placement,), None)
         gathered = graph.call_function(ops.all_gather.default, (flat, axis, 0, total))
