@@ -265,7 +265,10 @@ PLANS = (
 
 
 @pytest.mark.parametrize(("world", "plan"), PLANS, ids=str)
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "LoopWhere"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_moe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("deepseek_v3", "LoopWhere"))],
+)
 def test_bytes_are_those_of_a_step_under_every_kind_of_plan(
     name: str, world: int, plan: Plan, meter: Meter
 ) -> None:
