@@ -166,8 +166,8 @@ class Setting:
     def local(self) -> Program:
         """The local program in which every parameter still has a gather of its own."""
         program = local(self)
-        assert program.previous is not None
-        return program.previous
+        made = {p.made_by.name: p for p in program.history if p.made_by is not None}
+        return made["localize"]
 
     def step(self, program: Program) -> Step:
         return simulated_step(program, whole_state(self.traced[0]), self.batch)
