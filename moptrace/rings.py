@@ -218,8 +218,9 @@ class Ring:
 
     ``whole`` is the operator of one device that it splits. ``forward(seat, *arguments)`` returns
     the results; ``backward(seat, arguments, results, gradients)`` returns the gradients of the
-    tensor arguments, None where an argument has none. Both are coroutines. The arguments are those
-    of ``whole``, and then ``lengths`` of the global operands: the sizes that are split.
+    first ``operands`` arguments, None for one that is None; no other argument has a gradient. Both
+    are coroutines. The arguments are those of ``whole``, and then ``lengths`` of the global
+    operands: the sizes that are split.
     ``costs(seat, *arguments)`` are the bytes that a rank is expected to send in each exchange,
     forward and backward, for an operator that exchanges rows: how many depends on values.
     """
@@ -227,6 +228,7 @@ class Ring:
     name: str
     schema: str
     whole: Any
+    operands: int
     lengths: Callable[..., tuple[int, ...]]
     forward: Callable[..., Journey]
     backward: Callable[..., Journey]
@@ -241,7 +243,7 @@ class Ring:
     def backward_op(self) -> Any:
         """The operator as the backward of a step calls it.
 
-        ``(gradients, results, *arguments of op)`` -> the gradients of its floating-point operands.
+        ``(gradients, results, *arguments of op)`` -> the gradients of the operands that there are.
         """
         return getattr(torch.ops.moptrace, f"{self.name}_backward").default
 
@@ -446,7 +448,7 @@ def _vocabulary_backward(
     of_tokens = (hidden, targets, shift, *of_results)
     (of_hidden,), of_words = yield from here.around(of_tokens, _given(weight, bias), work, _added)
     of_weight, *of_bias = (x.to(weight.dtype) for x in of_words)
-    return of_hidden.to(hidden.dtype), of_weight, of_bias[0] if of_bias else None, None
+    return of_hidden.to(hidden.dtype), of_weight, of_bias[0] if of_bias else None
 
 
 def _given(*tensors: Tensor | None) -> Tensors:
@@ -625,7 +627,7 @@ def _attention_backward(
     found = yield from around(seat, load, here.sizes, work, _added, here.places.reach)
     home = [x.to(query.dtype) for x in (*_tokens_first(of_query), *found)]
     of_query, of_key, of_value = map(_heads_first, (yield from here.exchanged(*home)))
-    return of_query, of_key, of_value, None, None
+    return of_query, of_key, of_value
 
 
 def _tokens_first(*tensors: Tensor) -> Tensors:
@@ -763,7 +765,7 @@ def _embedding_backward(
     theirs = yield from _exchange(sums, here.mine, here.theirs)
     start = sum(seat.sizes_of(words)[: seat.at])
     own = padding_idx - start if 0 <= padding_idx - start < len(weight) else -1
-    return sum_by_id(theirs, here.asked, len(weight), own).to(weight.dtype), None
+    return (sum_by_id(theirs, here.asked, len(weight), own).to(weight.dtype),)
 
 
 def _embedding_costs(
@@ -790,6 +792,7 @@ _RINGS = (
         "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? documents, int? left, "
         "int? right, float scale, int tokens, str axis) -> (Tensor, Tensor)",
         torch.ops.moptrace.attention.default,
+        3,
         lambda query, *_: (query.shape[2],),
         _attention_forward,
         _attention_backward,
@@ -799,6 +802,7 @@ _RINGS = (
         "(Tensor x, Tensor weight, Tensor? bias, int dilation, int groups, int tokens, str axis) "
         "-> Tensor",
         torch.ops.moptrace.causal_conv1d.default,
+        3,
         lambda x, *_: (x.shape[2],),
         _convolution_forward,
         _convolution_backward,
@@ -808,6 +812,7 @@ _RINGS = (
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float? softcap, "
         "int tokens, int words, str axis) -> (Tensor, Tensor, Tensor)",
         torch.ops.moptrace.vocab_projection.default,
+        3,
         lambda hidden, weight, *_: (hidden.shape[0], weight.shape[0]),
         _vocabulary_forward,
         _vocabulary_backward,
@@ -816,6 +821,7 @@ _RINGS = (
         "ring_embedding_rows",
         "(Tensor weight, Tensor ids, int padding_idx, int words, str axis) -> Tensor",
         torch.ops.moptrace.embedding_rows.default,
+        1,
         lambda weight, *_: (weight.shape[0],),
         _embedding_forward,
         _embedding_backward,
@@ -854,7 +860,8 @@ def _register(row: Ring) -> None:
         with ctx.communicator:
             results = list(ctx.saved_tensors[count:])
             found = iter(row.backward_op(list(gradients), results, *given, axis))
-        return *(next(found) if _is_operand(x) else None for x in given), None
+        of_operands = [None if x is None else next(found) for x in given[: row.operands]]
+        return *of_operands, *[None] * (len(ctx.is_tensor) - row.operands)
 
     def run_backward(gradients: Sequence[Tensor | None], results: Any, *arguments: Any) -> Any:
         *given, axis = arguments
@@ -862,7 +869,7 @@ def _register(row: Ring) -> None:
         return row.found(drive(journey, axis))
 
     def shape_backward(gradients: Any, results: Any, *arguments: Any) -> list[Tensor]:
-        return [torch.empty_like(x) for x in arguments if _is_operand(x)]
+        return [torch.empty_like(x) for x in arguments[: row.operands] if x is not None]
 
     _library.impl(row.name, run, "CompositeExplicitAutograd")
     _library.impl(f"{row.name}_backward", run_backward, "CompositeExplicitAutograd")
@@ -871,11 +878,6 @@ def _register(row: Ring) -> None:
     torch.library.register_autograd(
         f"moptrace::{row.name}", backward, setup_context=remember, lib=_library
     )
-
-
-def _is_operand(x: object) -> bool:
-    """Whether an argument has a gradient."""
-    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 for _row in _RINGS:

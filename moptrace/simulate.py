@@ -147,8 +147,8 @@ def _around(row: Ring, args: list[tuple[Any, ...]], ranks: Sequence[Communicator
     for group in ranks[0].layout.view_of(axis).groups(axis):
         seats = [Seat.seen_by(ranks[r], axis) for r in group]
         members = [args[r][:-1] for r in group]
-        tensors = [x for own in members for x in own if isinstance(x, Tensor)]
-        outs = _RingInLockStep.apply(row, seats, members, *tensors)
+        operands = [x for own in members for x in own[: row.operands] if x is not None]
+        outs = _RingInLockStep.apply(row, seats, members, *operands)
         each = len(outs) // len(group)
         for i, r in enumerate(group):
             results[r] = row.returned(outs[i * each : (i + 1) * each])
@@ -176,7 +176,7 @@ class _RingInLockStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, row: Ring, seats: list[Seat], members: list[tuple[Any, ...]], *tensors: Tensor
+        ctx: Any, row: Ring, seats: list[Seat], members: list[tuple[Any, ...]], *operands: Tensor
     ) -> tuple[Tensor, ...]:
         found = drive_together(
             [row.forward(seat, *own) for seat, own in zip(seats, members, strict=True)]
@@ -195,13 +195,13 @@ class _RingInLockStep(torch.autograd.Function):
             )
         ]
         found = drive_together(journeys)
-        of_tensors = [
+        of_operands = [
             gradient
             for own, gradients in zip(ctx.members, found, strict=True)
-            for x, gradient in zip(own, gradients, strict=False)
-            if isinstance(x, Tensor)
+            for x, gradient in zip(own[: ctx.row.operands], gradients, strict=True)
+            if x is not None
         ]
-        return None, None, None, *of_tensors
+        return None, None, None, *of_operands
 
 
 def _mean(
