@@ -31,7 +31,7 @@ import moptrace
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train a Mixture-of-Experts on text.")
     parser.add_argument("--data", default=f"{sysconfig.get_paths()['stdlib']}/*.py", help="files")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warmup", type=int, default=20, help="steps to the full learning rate")
@@ -82,8 +82,8 @@ def flops_of_a_token(config, model):
     experts = sum(n for name, n in whole.items() if ".experts." in name)
     part = config.num_experts_per_tok / config.num_experts
     met = sum(whole.values()) - experts * (1 - part)
-    heads = config.num_attention_heads * config.head_dim
-    return 6 * met + 6 * config.num_hidden_layers * given.length * heads  # causal: half of 12
+    attention = config.num_hidden_layers * given.length * given.hidden  # causal: half of 12
+    return 6 * met + 6 * attention
 
 
 def ceiling(device, size=1024, tries=5):
@@ -111,8 +111,7 @@ def memory(device):
 
 def state():
     """What a checkpoint has: every rank's part of the model and of the optimizer's state."""
-    weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments}
+    return get_state_dict(model, optimizer)
 
 
 def resume(folder):
@@ -120,11 +119,9 @@ def resume(folder):
     saved = [int(path.parent.name) for path in Path(folder or ".").glob("[0-9]*/.metadata")]
     if not folder or not saved:
         return 0
-    held = state()
-    dcp.load(held, checkpoint_id=f"{folder}/{max(saved)}")
-    set_state_dict(
-        model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"]
-    )
+    weights, moments = state()
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=f"{folder}/{max(saved)}")
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return max(saved)
 
 
@@ -151,7 +148,6 @@ config = Qwen3MoeConfig(
     num_hidden_layers=given.layers,
     num_attention_heads=given.hidden // 32,
     num_key_value_heads=given.hidden // 64,
-    head_dim=32,
     intermediate_size=2 * given.hidden,
     moe_intermediate_size=given.hidden // 2,
     num_experts=given.experts,
@@ -181,10 +177,10 @@ for number in track(numbers, "training", disable=rank != 0, transient=True):
         group["lr"].fill_(given.lr * rate(number, given))
     begin = time.perf_counter()
     loss = step_of(**model.local_batch(batch(data, number, given)))  # (*)
-    loss, norm = float(loss), float(step_of.grad_norm)
+    loss, norm = float(loss), float(step_of.grad_norm or 0)
     seconds = time.perf_counter() - begin
     speed = given.sequences * given.length / seconds
-    counts = model.tokens_per_expert  # (*)
+    counts = model.get_buffer("tokens_per_expert")  # (*)
     row = {
         "loss": loss,
         "gradient norm": norm,
@@ -206,5 +202,7 @@ for number in track(numbers, "training", disable=rank != 0, transient=True):
         for name, value in row.items():
             log.add_scalar(name, value, number)
 if given.save:
-    dcp.save(state(), checkpoint_id=f"{given.save}/{given.steps}")
+    weights, moments = state()
+    folder = f"{given.save}/{given.steps}"
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
 dist.destroy_process_group()
