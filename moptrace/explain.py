@@ -290,8 +290,10 @@ class _Reader:
             return (parts - 1) * max(self.layout.sizes(experts, axis)) * x.element_size(), False
         if kind == "all_to_all":
             return (parts - 1) * _bytes(x) // parts, False
+        if row.name == "reduce_scatter_rows":  # what a rank has of the result goes to each other
+            return round((parts - 1) * _bytes(result) / _spread(roles.placement(node))), True
         rows = _bytes(x) / _spread(roles.placement(operand))
-        return round((parts - 1) * rows / parts), True
+        return round((parts - 1) * rows / (1 if row.name == "all_gather_rows" else parts)), True
 
     def _around(self, row: Ring, node: fx.Node) -> Iterator[int]:
         """The bytes that a rank sends forward, and backward if the operator is trained."""
@@ -433,6 +435,8 @@ _WIRE = {
     "all_to_all": "all_to_all",
     "send_rows": "send_rows",
     "return_rows": "return_rows",
+    "all_gather_rows": "all_gather_rows",
+    "reduce_scatter_rows": "reduce_scatter_rows",
     "exchange_counts": "exchange_counts",
 }
 _KINDS = tuple(dict.fromkeys((*_WIRE.values(), "ring")))

@@ -9,6 +9,7 @@ from moptrace.passes.bucket_gathers import bucket_gathers
 from moptrace.passes.causal_convolutions import causal_convolutions
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
+from moptrace.passes.expert_tensor_parallel import expert_tensor_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
 from moptrace.passes.fuse_experts import fuse_experts
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
@@ -54,6 +55,7 @@ def sharded(
     layout = plan.layout(world_size)
     return chain(
         tensor_parallel(layout),
+        expert_tensor_parallel(layout),
         context_parallel(layout, plan.context),
         causal_convolutions(layout),
         fuse_vocabulary(plan.logits_bytes * world_size, keep_logits or plan.keep_logits),

@@ -82,6 +82,14 @@ _REARRANGES = {
     aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
 }  # fmt: skip
 _DETACHES = {aten.detach.default}
+# The changes of routed rows along an axis, and how the counts of rows so held are held.
+_ROUTES = {
+    (Rows("token"), Rows("expert")),
+    (Rows("expert"), Rows("token")),
+    (Rows("token"), REPLICATE),
+    (PARTIAL, Rows("token")),
+}
+_COUNTED: dict[Kind, Kind] = {Rows("token"): PARTIAL, Rows("expert"): Shard(0)}
 
 
 _ACTIVATION = 1 << 40  # elements of what carries no gradient that one of an activation outweighs
@@ -312,12 +320,22 @@ class _Placer:
         for axis in now.view.axes:  # before anything is gathered: so gradients are added up late
             if (now.kind(axis.name), wanted.kind(axis.name)) == (INVARIANT, REPLICATE):
                 x, now = self._step(x, now, axis, REPLICATE, before)
+        for axis in now.view.axes:  # rows go to their experts' ranks before they are gathered there
+            if self._goes_to_experts(x, wanted.kind(axis.name)):
+                x, now = self._step(x, now, axis, wanted.kind(axis.name), before)
         middle = _untangled(now, wanted)
         for axis in reversed(now.view.axes):  # inner slices are gathered before outer ones
             x, now = self._step(x, now, axis, middle.kind(axis.name), before)
         for axis in now.view.axes:
             x, now = self._step(x, now, axis, wanted.kind(axis.name), before)
         return x
+
+    def _goes_to_experts(self, x: fx.Node, target: Kind) -> bool:
+        """Whether rows become those of a rank's experts, or their counts do."""
+        return target == Rows("expert") or (self._is_counts(x) and isinstance(target, Shard))
+
+    def _is_counts(self, x: fx.Node) -> bool:
+        return self.counts.get(x) is x
 
     def _shortest(
         self, x: fx.Node, now: Placement, wanted: Placement
@@ -377,8 +395,8 @@ class _Placer:
         self, x: fx.Node, axis: str, source: Kind, target: Kind, now: Placement, before: fx.Node
     ) -> fx.Node:
         with self.graph.inserting_before(before):
-            if isinstance(source, Rows) and isinstance(target, Rows):
-                counts = self.counts[x]
+            if (source, target) in _ROUTES:
+                counts = self._counts_of(x, axis, now, before)
                 args = (x, counts, axis, str(source), str(target))
                 new = self.graph.call_function(route, args)
             elif _is_fill(x) and isinstance(source, Invariant) and isinstance(target, Shard):
@@ -400,6 +418,16 @@ class _Placer:
             self.activations.add(new)
         self._inherit(new, x)
         return new
+
+    def _counts_of(self, x: fx.Node, axis: str, rows: Placement, before: fx.Node) -> fx.Node:
+        """The counts of rows that move along an axis, held as these along the other axes."""
+        counts = self.counts[x]
+        kinds = [
+            PARTIAL if entry.name == axis else _COUNTED.get(kind, REPLICATE)
+            for entry, kind in zip(rows.view.axes, rows.kinds, strict=True)
+        ]
+        now = self._in_view(counts, rows.view)
+        return self._move(counts, now, Placement(rows.view, tuple(kinds)), before)
 
     # --- the end ---
 

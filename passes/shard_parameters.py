@@ -14,7 +14,7 @@ from torch import fx
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
 from moptrace.errors import PlanError
-from moptrace.placement import INVARIANT, Kind, Layout, Placement, Shard, parse_kind
+from moptrace.placement import INVARIANT, Kind, Layout, Placement, Shard, View, parse_kind
 from moptrace.reshard import constrain
 from moptrace.rules import operands, rule_for
 
@@ -35,11 +35,11 @@ def shard_parameters(
 ) -> Pass:
     """Shard every parameter over all ranks, along the dimension that its use asks for first.
 
-    An expert weight is split by expert over ``ep``, and over ``edp`` along another dimension
-    (``edp="shard"``) or held alike there (``edp="replicate"``). A weight that is asked to be split
-    over an axis (``constrain``) is, and along another dimension over the other ranks. Every other
-    parameter is split along dimension 0, over all ranks or over ``dp_shard``; scalars are held
-    alike. ``stored`` says it instead, by parameter, for a model that exists already.
+    An expert weight is split by expert over ``ep``, by hidden units over ``etp``, and over ``edp``
+    along another dimension (``edp="shard"``) or held alike there (``edp="replicate"``). A weight
+    that is asked to be split over an axis (``constrain``) is, and along another dimension over the
+    other ranks. Every other parameter is split along dimension 0, over all ranks or over
+    ``dp_shard``; scalars are held alike. ``stored`` says it instead, by parameter, for a model that exists already.
 
     Requires: a canonical program. Ensures: every parameter and buffer has a placement.
     """
@@ -80,8 +80,12 @@ def _storage(
     if not shape:
         return Placement.uniform(layout.home, INVARIANT)
     alike = {"dp_replicate"} | ({"edp"} if edp == "replicate" else set[str]())
-    for axis, dim in asked:
-        held = _split_first(shape, axis, dim, layout, alike)
+    for view in (layout.experts, layout.tensor, layout.vocabulary, layout.home):
+        dims: dict[str, int] = {}
+        for axis, dim in asked:
+            if any(entry.name == axis for entry in view.axes) and dim not in dims.values():
+                dims.setdefault(axis, dim)
+        held = _split_first(shape, dims, view, alike) if dims else None
         if held is not None and held.expressed_in(layout.storage) is not None:
             return held
     kinds = (INVARIANT if axis.name in alike else Shard(0) for axis in layout.dense.axes)
@@ -89,20 +93,18 @@ def _storage(
 
 
 def _split_first(
-    shape: tuple[int, ...], axis: str, dim: int, layout: Layout, alike: set[str]
+    shape: tuple[int, ...], dims: Mapping[str, int], view: View, alike: set[str]
 ) -> Placement | None:
-    """One dimension split over an axis, another over the rest of its view, evenly if any is."""
-    views = (layout.experts, layout.tensor, layout.vocabulary, layout.home)
-    view = next(v for v in views if any(a.name == axis for a in v.axes))
-    others = [d for d in range(len(shape)) if d != dim]
-    if not others and len(view.axes) > 1 and axis != "ep":
+    """Dimensions split over some axes, and another over the rest of the view, evenly if any is."""
+    others = [d for d in range(len(shape)) if d not in dims.values()]
+    if not others and len(view.axes) > 1 and "ep" not in dims:
         return None
-    parts = math.prod(a.size for a in view.axes if a.name not in {axis, *alike})
+    parts = math.prod(a.size for a in view.axes if a.name not in {*dims, *alike})
     even = next((d for d in others if shape[d] % parts == 0), others[0] if others else None)
     beside = INVARIANT if even is None else Shard(even)
     kinds: list[Kind] = []
     for entry in view.axes:
-        split = Shard(dim) if entry.name == axis else beside
+        split = Shard(dims[entry.name]) if entry.name in dims else beside
         kinds.append(INVARIANT if entry.name in alike else split)
     return Placement(view, tuple(kinds))
 
@@ -133,6 +135,9 @@ def _origins(node: Any, dim: int) -> Iterator[tuple[fx.Node, int]]:
     """Follow a dimension back to the placeholders that it comes from."""
     if node.op == "placeholder":
         yield node, dim
+        return
+    if node.target is constrain:
+        yield from _origins(node.args[0], dim)
         return
     number = 0
     if node.target is operator.getitem:  # one of the pieces of a split
