@@ -13,7 +13,7 @@ from moptrace.rules import operands, rule_for
 
 __all__ = ["expert_tensor_parallel"]
 
-ops = torch.ops.moptrace
+PRODUCT = torch.ops.moptrace.grouped_mm.default
 
 
 def expert_tensor_parallel(layout: Layout) -> Pass:
@@ -38,17 +38,17 @@ def expert_tensor_parallel(layout: Layout) -> Pass:
         graph, _ = program.copy_graph()
         parameters = {p.name for p in program.signature.parameters}
         finder = Finder(graph, parameters, ranks, routed=True)
-        products = [node for node in graph.nodes if node.target is ops.grouped_mm.default]
         shared: set[fx.Node] = set()
         for region in list(finder.regions()):
             _write(region, finder.rows)
             shared |= region.nodes
         program = program.with_graph(graph)
-        for place in dict.fromkeys(roles.where(node) for node in products if node not in shared):
+        whole = [n for n in graph.nodes if n.target is PRODUCT and n not in shared]
+        for node in {roles.role(node).block: node for node in reversed(whole)}.values():
             program = program.with_note(
-                f"the experts' product at {place} has no hidden units that etp={ranks} ranks can "
-                "share, so each of them gathers its whole weights; choose an etp that divides the "
-                "hidden units, or etp=1 where the experts mix them"
+                f"the experts have no hidden units that etp={ranks} ranks can share "
+                f"({roles.where(node)}), so each of them gathers their whole weights; choose an "
+                "etp that divides the hidden units, or etp=1 where the experts mix them"
             )
         return program
 
@@ -60,9 +60,10 @@ def _write(region: Region, routed: set[fx.Node]) -> None:
     """Ask for all rows of an expert inside the region, a share of what they share, and own rows."""
     shares = {**region.inside, **region.entries}
     for node in sorted(region.nodes):
-        rule = rule_for(node) if node.op == "call_function" else None
-        for position, x in enumerate(operands(node) if rule else []):
-            if x in routed and x not in region.inside and rule and position != rule.counts:
+        inputs = [x for x in operands(node) if x in routed and x not in region.inside]
+        rule = rule_for(node) if inputs else None
+        for x in inputs:
+            if rule is None or rule.counts is None or x is not operands(node)[rule.counts]:
                 sent = ask(x, "ep", Rows("expert"), {node})
                 whole = ask(sent, "etp", REPLICATE, {node}) if sent else None
                 if whole and (split := shares.get(x)):

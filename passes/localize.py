@@ -284,13 +284,14 @@ class _Localizer:
         for at in (dim, dim + 1):
             for count in (n for n, kind in others if isinstance(kind, Shard) and kind.dim == at):
                 own[at] = _divided_size(own[at], count, node)
-        sizes = [*self._local_value(x).shape]
-        sizes[dim : dim + 1] = [own[dim], sizes[dim] // own[dim]]
-        opened = described(self._call(x, aten.view.default, (self.new[x], sizes), rule), x)
+        cut = (self.new[x], dim, [own[dim], -1])  # the ranks' shares of other dimensions may differ
+        opened = described(self._call(x, aten.unflatten.int, cut, rule), x)
+        ends = (opened_kind(self._said(end, axis).kind(axis)) for end in (x, node))
+        arguments = _arguments(name, *ends, axis, own.__getitem__)
         row = COLLECTIVES[name].op
-        moved = described(self._call(node, row, (opened, axis, dim + 1, own[dim + 1]), None), node)
-        joined = list(self._local_value(node).shape)
-        return self._call(node, aten.reshape.default, (moved, joined), _reversed(rule))
+        moved = described(self._call(node, row, (opened, *arguments), None), node)
+        joined = (moved, dim, dim + 1)
+        return self._call(node, aten.flatten.using_ints, joined, _reversed(rule))
 
     def _route(self, node: fx.Node) -> fx.Node:
         x, counts, axis, source, target = node.args

@@ -493,7 +493,8 @@ def _split_axes(placement: Placement) -> list[str]:
 def _beside(now: Placement, wanted: Placement, at: int) -> bool:
     """Whether an outer axis splits, before and after, no more than what inner ranks hold."""
     axis = now.view.axes[at].name
-    ends = [p for p in (now, wanted) if isinstance(p.kind(axis), Shard)]
+    inner_first = Placement(now.view, (*now.kinds[: at + 1], *wanted.kinds[at + 1 :]))
+    ends = [p for p in (now, inner_first, wanted) if isinstance(p.kind(axis), Shard)]
     return all(own_blocks(p, axis) is not None for p in ends)
 
 
@@ -502,11 +503,11 @@ def _split_dim(kind: Kind) -> int | None:
 
 
 def _needs_whole(source: Kind, target: Kind, after: Placement, axis: str) -> bool:
-    """Whether a change of split cannot be an exchange: of blocks, or along one dimension."""
+    """Whether a change of split cannot be an exchange: along one dimension, or of two's blocks."""
     if not (isinstance(source, Shard) and isinstance(target, Shard)):
         return False
-    ends = (after.with_kind(axis, source), after)
-    return source.dim == target.dim or any(own_blocks(end, axis) != 1 for end in ends)
+    ends = [own_blocks(end, axis) for end in (after.with_kind(axis, source), after)]
+    return source.dim == target.dim or 1 not in ends or None in ends
 
 
 def _is_fill(node: fx.Node) -> bool:

@@ -126,6 +126,8 @@ class Finder:
         at = last.rule.operands[last.weight].index(summed)
         if shape(tokens)[dim] < self.ranks or not self._follow(tokens, Shard(dim), region):
             return None
+        if self.routed and shape(tokens)[dim] % self.ranks:
+            return None  # what runs expert by expert is made once for all ranks
         if not region.first or not self._follow(weight, Shard(at), region):
             return None
         return None if self._escapes(region) else region

@@ -52,7 +52,8 @@ def shard_parameters(
             node = nodes[parameter.name]
             held = (stored or {}).get(parameter.name)
             if held is None:
-                asked = [("ep", dim)] if (dim := experts.get(parameter.name)) is not None else []
+                dim = experts.get(parameter.name)
+                asked = [] if dim is None else [("ep", Shard(dim))]
                 held = _storage(parameter.shape, [*asked, *_asked(node)], layout, edp)
             roles.set_role(node, placements=(layout.normalised(held),))
         for buffer in program.signature.buffers:
@@ -64,49 +65,61 @@ def shard_parameters(
     return Pass("shard_parameters", rewrite, options, takes=(Level.CANONICAL,))
 
 
-def _asked(parameter: fx.Node) -> Iterator[tuple[str, int]]:
+def _asked(parameter: fx.Node) -> Iterator[tuple[str, Shard]]:
     """The axes along which a use of a parameter asks for a split of one of its dimensions."""
     for user in parameter.users:
         if user.target is constrain:
             axis, kind = str(user.args[1]), parse_kind(str(user.args[2]))
-            if isinstance(kind, Shard) and kind.blocks == 1:
-                yield axis, kind.dim
+            if isinstance(kind, Shard):
+                yield axis, kind
 
 
 def _storage(
-    shape: tuple[int, ...], asked: Sequence[tuple[str, int]], layout: Layout, edp: str
+    shape: tuple[int, ...], asked: Sequence[tuple[str, Shard]], layout: Layout, edp: str
 ) -> Placement:
     """How the ranks hold a parameter between its uses."""
     if not shape:
         return Placement.uniform(layout.home, INVARIANT)
     alike = {"dp_replicate"} | ({"edp"} if edp == "replicate" else set[str]())
     for view in (layout.experts, layout.tensor, layout.vocabulary, layout.home):
-        dims: dict[str, int] = {}
-        for axis, dim in asked:
-            if any(entry.name == axis for entry in view.axes) and dim not in dims.values():
-                dims.setdefault(axis, dim)
-        held = _split_first(shape, dims, view, alike) if dims else None
+        held = _split_as_asked(shape, asked, view, alike)
         if held is not None and held.expressed_in(layout.storage) is not None:
             return held
     kinds = (INVARIANT if axis.name in alike else Shard(0) for axis in layout.dense.axes)
     return Placement(layout.dense, tuple(kinds))
 
 
-def _split_first(
-    shape: tuple[int, ...], dims: Mapping[str, int], view: View, alike: set[str]
+def _split_as_asked(
+    shape: tuple[int, ...], asked: Sequence[tuple[str, Shard]], view: View, alike: set[str]
 ) -> Placement | None:
-    """Dimensions split over some axes, and another over the rest of the view, evenly if any is."""
-    others = [d for d in range(len(shape)) if d not in dims.values()]
-    if not others and len(view.axes) > 1 and "ep" not in dims:
+    """Dimensions split over the axes that ask for it, and others over the rest of the view.
+
+    Evenly if any dimension is; a dimension that two axes split must be. What is asked for in blocks
+    cannot be stored so: another dimension is split then, and exchanged for it before use.
+    """
+    kinds: dict[str, Kind] = {}
+    for axis, kind in asked:
+        if any(entry.name == axis for entry in view.axes) and kind.blocks == 1:
+            if kind not in kinds.values():
+                kinds.setdefault(axis, kind)
+    if not kinds:
         return None
-    parts = math.prod(a.size for a in view.axes if a.name not in {*dims, *alike})
-    even = next((d for d in others if shape[d] % parts == 0), others[0] if others else None)
-    beside = INVARIANT if even is None else Shard(even)
-    kinds: list[Kind] = []
-    for entry in view.axes:
-        split = Shard(dims[entry.name]) if entry.name in dims else beside
-        kinds.append(INVARIANT if entry.name in alike else split)
-    return Placement(view, tuple(kinds))
+    taken = {kind.dim for kind in kinds.values() if isinstance(kind, Shard)}
+    parts = {d: 1 for d in range(len(shape)) if d not in taken}
+    if not parts and len(view.axes) > 1 and "ep" not in kinds:
+        return None
+    blocked = {(axis, kind.dim) for axis, kind in asked if kind.blocks > 1}
+    for entry in reversed(view.axes):
+        if entry.name in kinds:
+            continue
+        others = [d for d in parts if (entry.name, d) not in blocked]
+        even = [d for d in others if shape[d] % (parts[d] * entry.size) == 0]
+        free = [d for d in others if parts[d] == 1]
+        dim = next(iter((*even, *free)), None)
+        kinds[entry.name] = INVARIANT if dim is None or entry.name in alike else Shard(dim)
+        if dim is not None and entry.name not in alike:
+            parts[dim] *= entry.size
+    return Placement(view, tuple(kinds[entry.name] for entry in view.axes))
 
 
 def expert_dims(graph: fx.Graph) -> dict[str, int]:
