@@ -475,7 +475,7 @@ def _untangled(now: Placement, wanted: Placement) -> Placement:
     for position, (have, want) in enumerate(zip(now.kinds, wanted.kinds, strict=True)):
         changing: set[int | None] = set()
         for at, (a, b) in enumerate(zip(now.kinds[:position], wanted.kinds, strict=False)):
-            if a != b and not _beside(now, wanted, at):
+            if a != b and now.view.axes[at].size > 1 and not _beside(now, wanted, at):
                 changing |= {_split_dim(a), _split_dim(b)}
         changing.discard(None)
         if _split_dim(have) in changing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +38,8 @@ def shard_parameters(
     along another dimension (``edp="shard"``) or held alike there (``edp="replicate"``). A weight
     that is asked to be split over an axis (``constrain``) is, and along another dimension over the
     other ranks. Every other parameter is split along dimension 0, over all ranks or over
-    ``dp_shard``; scalars are held alike. ``stored`` says it instead, by parameter, for a model that exists already.
+    ``dp_shard``; scalars are held alike. ``stored`` says it instead, by parameter, for a model that
+    exists already.
 
     Requires: a canonical program. Ensures: every parameter and buffer has a placement.
     """
