@@ -167,9 +167,10 @@ class _Placer:
             raise PlacementError(f"{roles.where(x)}: {placement} says nothing along {axis}")
         wanted = now.with_kind(axis, asked := parse_kind(str(kind)))
         if wanted != now and x in self.of_parameters and isinstance(asked, Shard):
-            for other in now.axes_of_dim(asked.dim):  # gathered on the way, so not split again
-                if other.name != axis:
-                    wanted = wanted.with_kind(other.name, REPLICATE)
+            beside = [a.name for a in now.axes_of_dim(asked.dim)]
+            for other in _split_axes(now) if self._splits_as_one(now) else beside:
+                if other != axis:  # gathered on the way, so not split again
+                    wanted = wanted.with_kind(other, REPLICATE)
         node.replace_all_uses_with(x if wanted == now else self._move(x, now, wanted, node))
         self.graph.erase_node(node)
 
@@ -309,8 +310,7 @@ class _Placer:
             return self._move_under(x, now, wanted, before)
         simplest = self._simplest(now)
         now, wanted = self._shortest(x, now, wanted)
-        if len(_split_axes(simplest)) < len(_split_axes(now)) and x not in self.activations:
-            # over more ranks than any axis here has, perhaps unevenly: none alone can change it
+        if self._splits_as_one(now) and x not in self.activations:
             kind = INVARIANT if INVARIANT in wanted.kinds else REPLICATE
             whole = simplest
             for axis in _split_axes(simplest):
@@ -352,6 +352,13 @@ class _Placer:
                 for axis, a, b in zip(way[0].view.axes, way[0].kinds, way[1].kinds, strict=True)
             ),
         )
+
+    def _splits_as_one(self, now: Placement) -> bool:
+        """Whether a dimension is split over more ranks than any axis here has, perhaps unevenly.
+
+        None of these axes alone can change it.
+        """
+        return len(_split_axes(self._simplest(now))) < len(_split_axes(now))
 
     def _simplest(self, placement: Placement) -> Placement:
         """The placement in the words of the view in which the fewest axes split it."""
