@@ -35,6 +35,11 @@ class Plan:
     a rank fetches the rows of its tokens, from the ranks that have them.
     ``cp``: ranks that share the tokens of each sequence (context parallel), and ``context`` how
     attention reaches the others' tokens: ``"ulysses"``, ``"ring"`` or ``"gather"``.
+    ``expert_tokens``: the most tokens that a rank sends to its experts at once; of more it makes
+    chunks, so that no rank gets more than ep * etp * k rows for each of so many, whatever the
+    router does. ``expert_chunks`` says which tokens a chunk has, ``"strided"`` or ``"contiguous"``.
+    ``recompute_experts``: backward sends and computes each chunk's rows again instead of keeping
+    them; by default where there are several chunks.
     ``pp`` (pipeline) is 1: larger sizes are refused until its pass exists.
 
     >>> Plan(ep=2).resolve(world_size=4, experts=[8]).ep
@@ -53,6 +58,19 @@ class Plan:
     logits_bytes: int = 64 << 20
     keep_logits: bool = False
     embedding_bytes: int = 64 << 20
+    expert_tokens: int | None = None
+    expert_chunks: str = "strided"
+    recompute_experts: bool | None = None
+
+    def __str__(self) -> str:
+        """The fields that are not the default.
+
+        >>> print(Plan(tp=2, ep=4))
+        Plan(tp=2, ep=4)
+        """
+        told = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        chosen = [f"{name}={value!r}" for name, value in told if value != getattr(Plan, name)]
+        return f"Plan({', '.join(chosen)})"
 
     def resolve(self, world_size: int, experts: list[int]) -> Plan:
         """Fill in the defaults for W ranks and layers with these numbers of experts.
@@ -66,6 +84,15 @@ class Plan:
             )
         if self.edp not in ("shard", "replicate"):
             raise PlanError(f"edp is 'shard' or 'replicate', not {self.edp!r}")
+        if self.expert_chunks not in ("strided", "contiguous"):
+            raise PlanError(
+                f"expert_chunks is 'strided' or 'contiguous', not {self.expert_chunks!r}"
+            )
+        if self.expert_tokens is not None and self.expert_tokens < 1:
+            raise PlanError(
+                f"expert_tokens={self.expert_tokens} leaves no token to a chunk; give 1 or more, "
+                "or None for all tokens at once"
+            )
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
         for name in ("ep", "etp", "vp", "cp", "tp", "dp_replicate"):
             size = getattr(self, name)
@@ -99,7 +126,10 @@ class Plan:
             )
         groups = [d for d in divisors if rest % d == 0]
         ep = self.ep if self.ep is not None else _default_ep(groups, experts)
-        return replace(self, ep=ep, vp=vp)
+        recompute = self.recompute_experts
+        if recompute is None:
+            recompute = self.expert_tokens is not None
+        return replace(self, ep=ep, vp=vp, recompute_experts=recompute)
 
     def layout(self, world_size: int) -> Layout:
         """The views of the ranks under a resolved plan."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from moptrace.core import Pass, chain
 from moptrace.passes.bucket_gathers import bucket_gathers
 from moptrace.passes.causal_convolutions import causal_convolutions
+from moptrace.passes.chunk_experts import chunk_experts
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.expert_tensor_parallel import expert_tensor_parallel
@@ -66,6 +67,7 @@ def sharded(
         place(),
         report_replicated_tokens(asked=plan.context == "gather"),
         localize(),
+        chunk_experts(plan.expert_tokens, plan.expert_chunks, bool(plan.recompute_experts)),
         bucket_gathers(),
         fuse_experts(),
         name="sharded",

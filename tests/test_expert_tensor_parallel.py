@@ -29,8 +29,7 @@ from moptrace.testing import (
     unsharded_step,
     whole_state,
 )
-from test_context_parallel import on_a_rank
-from test_tensor_parallel import HAND_WRITTEN, batch, subject
+from subjects import batch, step_on_a_rank, subject
 
 ops = torch.ops.moptrace
 
@@ -186,8 +185,9 @@ def test_weights_are_stored_as_they_are_used_or_exchanged() -> None:
 
 # --- the same step --------------------------------------------------------------------------------
 
+HAND_WRITTEN = ("LoopWhere", "SortSlices", "OneHotEinsum")
 PLANS = (
-    (4, Plan(ep=2, etp=2)),
+    (4, Plan(ep=2, etp=2, expert_tokens=7)),
     (6, Plan(ep=2, etp=3, edp="replicate")),
     (12, Plan(ep=3, etp=2, tp=2, cp=2, logits_bytes=0)),
     (4, Plan(ep=1, etp=2, tp=2, context="ring", embedding_bytes=0)),
@@ -334,5 +334,5 @@ def test_real_ranks_compute_the_same_step(
     model, _ = subject(name)
     fed = batch(1)
     want = eager_step(model, fed)
-    for loss, gradients in ranks(4)(on_a_rank, name, model.state_dict(), plan, fed):
+    for loss, gradients in ranks(4)(step_on_a_rank, name, model.state_dict(), plan, fed):
         assert_same_step(Step(loss, gradients, {}), want)
