@@ -45,8 +45,8 @@ def chunk_experts(tokens: int | None, order: str = "strided", recompute: bool = 
     ep * etp * c * k rows, whatever the router does. With ``recompute`` each chunk is a region that
     keeps nothing from forward to backward but what goes into it: tokens, their choices and the
     choices' weights, so that computing it again cannot send a token elsewhere. The rows of one
-    chunk are then all that is alive at a time, in backward too. ``order`` is ``"strided"``, where a chunk has every K-th
-    token, or ``"contiguous"``. ``tokens=None`` makes one chunk of all.
+    chunk are then all that is alive at a time, in backward too. ``order`` is ``"strided"``, where a
+    chunk has every K-th token, or ``"contiguous"``. ``tokens=None`` makes one chunk of all.
 
     Requires: a local program. Ensures: the same function. Sums over the chunks' rows, of which the
     gradients of experts consist, are taken chunk by chunk. A layer stays whole, with a note, where

@@ -267,7 +267,7 @@ PLANS = (
     (4, Plan(dp_replicate=2, ep=2, edp="replicate")),
     (4, Plan(vp=2, ep=2, logits_bytes=0)),
     (4, Plan(ep=1, logits_bytes=0)),
-    (8, Plan(etp=2, ep=2)),
+    (4, Plan(ep=2, etp=2)),
     (4, Plan(ep=2, expert_tokens=5)),
     (4, Plan(ep=4, recompute_experts=True)),
 )
