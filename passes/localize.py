@@ -286,8 +286,8 @@ class _Localizer:
                 own[at] = _divided_size(own[at], count, node)
         cut = (self.new[x], dim, [own[dim], -1])  # the ranks' shares of other dimensions may differ
         opened = described(self._call(x, aten.unflatten.int, cut, rule), x)
-        ends = (opened_kind(self._said(end, axis).kind(axis)) for end in (x, node))
-        arguments = _arguments(name, *ends, axis, own.__getitem__)
+        before, after = (opened_kind(self._said(end, axis).kind(axis)) for end in (x, node))
+        arguments = _arguments(name, before, after, axis, own.__getitem__)
         row = COLLECTIVES[name].op
         moved = described(self._call(node, row, (opened, *arguments), None), node)
         joined = (moved, dim, dim + 1)
