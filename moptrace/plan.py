@@ -40,6 +40,7 @@ class Plan:
     router does. ``expert_chunks`` says which tokens a chunk has, ``"strided"`` or ``"contiguous"``.
     ``recompute_experts``: backward sends and computes each chunk's rows again instead of keeping
     them; by default where there are several chunks.
+    ``count_tokens``: count each expert's tokens in a buffer of the model, ``tokens_per_expert``.
     ``pp`` (pipeline) is 1: larger sizes are refused until its pass exists.
 
     >>> Plan(ep=2).resolve(world_size=4, experts=[8]).ep
@@ -61,6 +62,7 @@ class Plan:
     expert_tokens: int | None = None
     expert_chunks: str = "strided"
     recompute_experts: bool | None = None
+    count_tokens: bool = False
 
     def __str__(self) -> str:
         """The fields that are not the default.
