@@ -45,6 +45,7 @@ def test_counts_add_up_over_ranks_and_steps(world: int, plan: Plan) -> None:
     model, program = subject("mixtral")
     with InFloat64():
         local = sharded(plan.resolve(world, []), world)(count_tokens()(program))
+        assert not any("at once: node" in note for note in local.notes)
         simulated = SimulatedRanks(local, whole_state(model))
         for seeds in ((1,), (1, 2)):
             found = simulated.step(batch(seeds[-1])).buffers["tokens_per_expert"]
