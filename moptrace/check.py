@@ -267,6 +267,9 @@ class _Placements:
             yield from self._converts(node, axis, source, target)
             return
         source, target = self._kind(x, axis), self._kind(node, axis)
+        for kind in (source, target):
+            if isinstance(kind, Rows) and kind != Rows("token"):
+                yield node, f"{name} works on rows by token, not on {kind}"
         for end, kind, wanted in (("takes", source, row.source), ("gives", target, row.target)):
             if wanted is not None and not isinstance(kind, wanted):
                 yield node, f"{name} {end} {wanted.__name__.lower()}, got {kind}"

@@ -23,6 +23,8 @@ send_rows             token -> arrival        return_rows           rows travel
 return_rows           arrival -> token        send_rows             rows travel back
 group_rows            arrival -> expert       ungroup_rows          sort by expert
 ungroup_rows          expert -> arrival       group_rows            and back
+all_gather_rows       token -> replicate      reduce_scatter_rows   all ranks' rows, sorted
+reduce_scatter_rows   partial -> token        all_gather_rows       sum, own rows
 exchange_counts       (integers)              none                  counts travel
 ====================  ======================  ====================  =================
 
@@ -44,6 +46,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moptrace.kernels.routing import group_rows, ungroup_rows
 from moptrace.placement import Invariant, Kind, Layout, Partial, Replicate, Rows, Shard
 
 __all__ = ["COLLECTIVES", "Collective", "Communicator", "collective", "conversion"]
@@ -161,13 +164,18 @@ class Collective:
             axis, split, split_length, join, join_length = arguments
             return (axis, join, join_length, split, split_length)
         if self.transpose and "int dim" not in COLLECTIVES[self.transpose].schema:
-            return arguments if "counts" in self.schema else arguments[:1]
+            return arguments if self.moves_rows else arguments[:1]
         return arguments
 
     @property
     def moves_rows(self) -> bool:
         """Whether routing decides the size of the result; the last argument says it if known."""
         return "SymInt? size" in self.schema
+
+    def without_size(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments, without the size of a result that routing decides."""
+        known = self.op._schema.arguments
+        return tuple(arguments)[: len(known) - self.moves_rows]
 
 
 # --- meanings: what the ranks of a group hold, before and after -----------------------------------
@@ -243,6 +251,18 @@ def _return(
 ) -> list[Tensor]:
     pieces = [p.split(t.sum(1).tolist()) for p, t in zip(parts, tables, strict=True)]
     return [torch.cat([p[i] for p in pieces]) for i in range(len(parts))]
+
+
+def _gather_rows(parts: list[Tensor], sizes: Sequence[int], tables: list[Tensor]) -> list[Tensor]:
+    whole = torch.cat(parts)
+    return [group_rows(whole, table) for table in tables]
+
+
+def _sum_and_split_rows(
+    parts: list[Tensor], sizes: Sequence[int], tables: list[Tensor]
+) -> list[Tensor]:
+    total = ungroup_rows(torch.stack(parts).sum(0), tables[0])
+    return list(total.split(tables[0].sum(1).tolist()))
 
 
 # --- runs: the same on one rank, over the process group -------------------------------------------
@@ -363,6 +383,24 @@ def _run_return(
     return _all_to_all(rows, table.sum(1).tolist(), back, group)
 
 
+def _run_gather_rows(rows: Tensor, table: Tensor, axis: str, size: int | None = None) -> Tensor:
+    # One exchange of exactly the rows there are: an all-gather would pad them to the fullest rank.
+    _, group = _axis(axis)
+    sizes = table.sum(1).tolist()
+    own = [rows.shape[0]] * len(sizes)
+    return group_rows(_all_to_all(torch.cat([rows] * len(sizes)), own, sizes, group), table)
+
+
+def _run_reduce_scatter_rows(
+    rows: Tensor, table: Tensor, axis: str, size: int | None = None
+) -> Tensor:
+    here, group = _axis(axis)
+    sizes = table.sum(1).tolist()
+    own = sizes[here.coordinate(axis)]
+    parts = _all_to_all(ungroup_rows(rows, table), sizes, [own] * len(sizes), group)
+    return parts.view(len(sizes), own, *rows.shape[1:]).sum(0)
+
+
 def _all_to_all(x: Tensor, out_splits: list[int], in_splits: list[int], group: Any) -> Tensor:
     """Send ``out_splits`` leading slices to the ranks and receive ``in_splits`` from them."""
     received = x.new_empty(sum(in_splits), *x.shape[1:])
@@ -422,13 +460,19 @@ def _shape_counts(counts: Tensor, axis: str, length: int) -> Tensor:
     return counts.new_empty(here.size(axis), own)
 
 
-def _shape_rows(
+def _shape_routed(
     rows: Tensor,
     counts: Tensor,
     table: Tensor,
     axis: str,
     length: int,
     size: int | torch.SymInt | None = None,
+) -> Tensor:
+    return _shape_rows(rows, table, axis, size)
+
+
+def _shape_rows(
+    rows: Tensor, table: Tensor, axis: str, size: int | torch.SymInt | None = None
 ) -> Tensor:
     received = torch.library.get_ctx().new_dynamic_size() if size is None else size
     return rows.new_empty(received, *rows.shape[1:])
@@ -442,6 +486,7 @@ _SLICED = "(Tensor x, str axis, int dim, int length) -> Tensor"
 _ROWS = (
     "(Tensor rows, Tensor counts, Tensor table, str axis, int length, SymInt? size=None) -> Tensor"
 )
+_WHOLE_ROWS = "(Tensor rows, Tensor table, str axis, SymInt? size=None) -> Tensor"
 _SWAP = "(Tensor x, str axis, int split, int split_length, int join, int join_length) -> Tensor"
 _COUNTS = "(Tensor counts, str axis, int length) -> Tensor"
 
@@ -453,6 +498,9 @@ _KEEP = (_PLAIN, _nothing, _run_nothing, _shape_same)
 _ONCE = (_PLAIN, _first, _run_first, _shape_same)
 _TAKE = (_SLICED, _own_slices, _run_take, _shape_slice)
 _PUT = (_SLICED, _zeros_elsewhere, _run_place, _shape_whole)
+
+_GATHER_ROWS = (_WHOLE_ROWS, _gather_rows, _run_gather_rows, _shape_rows)
+_SCATTER_ROWS = (_WHOLE_ROWS, _sum_and_split_rows, _run_reduce_scatter_rows, _shape_rows)
 
 _TABLE = (
     Collective("all_gather", Shard, Replicate, "reduce_scatter", *_GATHER),
@@ -466,8 +514,10 @@ _TABLE = (
     Collective("take_replicated", Replicate, Shard, "place_shard", *_TAKE),
     Collective("place_shard", Shard, Partial, "take_replicated", *_PUT),
     Collective("all_to_all", Shard, Shard, "all_to_all", _SWAP, _swap, _run_swap, _shape_swap),
-    Collective("send_rows", Rows, Rows, "return_rows", _ROWS, _send, _run_send, _shape_rows),
-    Collective("return_rows", Rows, Rows, "send_rows", _ROWS, _return, _run_return, _shape_rows),
+    Collective("send_rows", Rows, Rows, "return_rows", _ROWS, _send, _run_send, _shape_routed),
+    Collective("return_rows", Rows, Rows, "send_rows", _ROWS, _return, _run_return, _shape_routed),
+    Collective("all_gather_rows", Rows, Replicate, "reduce_scatter_rows", *_GATHER_ROWS),
+    Collective("reduce_scatter_rows", Partial, Rows, "all_gather_rows", *_SCATTER_ROWS),
     Collective(
         "exchange_counts", None, None, None, _COUNTS, _exchange, _run_exchange_counts, _shape_counts
     ),
@@ -477,7 +527,7 @@ COLLECTIVES: dict[str, Collective] = {row.name: row for row in _TABLE}
 _CONVERSIONS = {
     (row.source, row.target): row.name
     for row in COLLECTIVES.values()
-    if row.source and row.source is not Rows
+    if row.source and (row.source, row.target) != (Rows, Rows)
 }
 
 
@@ -524,7 +574,7 @@ def _backward(row: Collective) -> Callable[..., Any]:
             return (None, *nothing)
         arguments = row.transpose_arguments((*ctx.saved_tensors, *ctx.arguments))
         if row.moves_rows:  # as many gradients come back as rows were sent
-            arguments = (*arguments[:4], ctx.size)
+            arguments = (*row.without_size((gradient, *arguments))[1:], ctx.size)
         with ctx.communicator:
             return (COLLECTIVES[row.transpose].op(gradient, *arguments), *nothing)
 

@@ -293,8 +293,10 @@ class _Reader:
             return (parts - 1) * max(self.layout.sizes(experts, axis)) * x.element_size(), False
         if kind == "all_to_all":
             return (parts - 1) * _bytes(x) // parts, False
+        if row.name == "reduce_scatter_rows":  # what a rank has of the result goes to each other
+            return round((parts - 1) * _bytes(result) / _spread(roles.placement(node))), True
         rows = _bytes(x) / _spread(roles.placement(operand))
-        return round((parts - 1) * rows / parts), True
+        return round((parts - 1) * rows / (1 if row.name == "all_gather_rows" else parts)), True
 
     def _around(self, row: Ring, node: fx.Node) -> Iterator[int]:
         """The bytes that a rank sends forward, and backward if the operator is trained."""
@@ -357,10 +359,11 @@ class _Reader:
             gathered |= whole
             copied |= {a for a, _ in _along(placement)} - shards
         home = {axis.name for axis in self.layout.home.axes}
-        if units := split & {"tp"}:
-            yield f"hidden units split over {self._axes(units)}"
-        if split := split - {"tp"}:
-            words = {axis.name for axis in self.layout.experts.axes if axis.size > 1}
+        units = {"tp", "etp"}
+        if split & units:
+            yield f"hidden units split over {self._axes(split & units)}"
+        if split := split - units:
+            words = {axis.name for axis in self.layout.experts.axes if axis.size > 1} - units
             yield f"experts split over {self._axes(words if split & home else split)}"
         if ringed:
             yield f"words split over {self._axes(ringed)}"
@@ -371,12 +374,16 @@ class _Reader:
             yield f"copies over {self._axes(copies)}"
 
     def _is_gathered(self, node: fx.Node, axis: str) -> bool:
-        """Whether a gather follows, before anything but movements of this parameter alone."""
+        """Whether a gather follows, before anything but movements of this parameter alone.
+
+        An exchange of one split for another leaves each rank with a share.
+        """
         for user in node.users:
             if user.target is ops.pack.default:
                 return any(_axis(gather) == axis for gather in _after_vary(user))
             if collective(user.target) is not None:
-                if _axis(user) == axis or self._is_gathered(user, axis):
+                stays = _axis(user) != axis or user.target is ops.all_to_all.default
+                if not stays or self._is_gathered(user, axis):
                     return True
             elif len(user.all_input_nodes) == 1 and self._is_gathered(user, axis):
                 return True
@@ -436,6 +443,8 @@ _WIRE = {
     "all_to_all": "all_to_all",
     "send_rows": "send_rows",
     "return_rows": "return_rows",
+    "all_gather_rows": "all_gather_rows",
+    "reduce_scatter_rows": "reduce_scatter_rows",
     "exchange_counts": "exchange_counts",
 }
 _KINDS = tuple(dict.fromkeys((*_WIRE.values(), "ring")))

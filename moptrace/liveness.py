@@ -155,5 +155,9 @@ def _symbols(program: Program) -> dict[Any, int]:
             received: Any = roles.tensor(node).shape[0]
             sent = roles.tensor(node.args[0]).shape[0]  # type: ignore[arg-type]
             if isinstance(received, torch.SymInt):
-                found.setdefault(received.node.expr, _size(sent, found))
+                rows = _size(sent, found)
+                if row.name == "all_gather_rows":
+                    assert program.layout is not None
+                    rows *= program.layout.size(str(node.args[2]))
+                found.setdefault(received.node.expr, rows)
     return found

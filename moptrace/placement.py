@@ -242,7 +242,8 @@ class Placement:
         """
         if self.view == view:
             return self
-        own = [(span, kind) for span, kind in zip(self.view.spans(), self.kinds, strict=True)]
+        spans = zip(self.view.spans(), self.kinds, strict=True)
+        own = [(span, kind) for span, kind in spans if span[0] < span[1]]  # of several ranks
         kinds: list[Kind] = []
         for low, high in view.spans():
             alike = {kind for (first, past), kind in own if first < high and low < past}
@@ -345,21 +346,27 @@ class Layout:
         cp: int = 1,
         *,
         tp: int = 1,
+        etp: int = 1,
         vp: int | None = None,
         dp_replicate: int = 1,
     ) -> Layout:
-        """Sub-groups of ``ep``, ``cp * tp``, ``tp`` and ``vp`` consecutive ranks.
+        """Sub-groups of ``ep * etp``, ``etp``, ``cp * tp``, ``tp`` and ``vp`` consecutive ranks.
+
+        Tokens and experts see independent reshapes of the ranks (Liu et al., MoE Parallel Folding,
+        2025, listing 1).
 
         >>> print(Layout.of(8, ep=4, cp=2, tp=2))
         home(world=8) tokens(dp=2, cp=2, tp=2) tensor(fsdp=4, tp=2) experts(edp=2, ep=4)
+        >>> print(Layout.of(8, ep=2, etp=2))
+        home(dp=8) experts(edp=2, ep=2, etp=2)
         """
         vp = vp or world_size
-        sizes = {"ep": ep, "vp": vp, "cp": cp, "tp": tp, "dp_replicate": dp_replicate}
+        sizes = {"vp": vp, "cp": cp, "tp": tp, "dp_replicate": dp_replicate, "ep": ep, "etp": etp}
         for name, size in sizes.items():
             if size < 1 or world_size % size:
                 raise ValueError(f"{name}={size} does not divide {world_size} ranks")
         rest = world_size // tp
-        if rest % cp or rest % dp_replicate:
+        if rest % cp or rest % dp_replicate or world_size % (ep * etp):
             raise ValueError(f"{sizes} do not divide {world_size} ranks")
 
         def view(name: str, **axes: int) -> View:
@@ -382,7 +389,8 @@ class Layout:
         words = home
         if vp < world_size:
             words = View("vocabulary", (Axis("vdp", world_size // vp), Axis("vp", vp)))
-        experts = View("experts", (Axis("edp", world_size // ep), Axis("ep", ep)))
+        shared = (Axis("edp", world_size // (ep * etp)), Axis("ep", ep), Axis("etp", etp))
+        experts = View("experts", shared if etp > 1 else shared[:2])
         storage = _refined(experts, dense, halves, words)
         return cls(home, tokens, dense, halves, words, experts, storage)
 

@@ -19,7 +19,8 @@ class Plan:
     """Sub-group sizes over the W ranks of the mesh; what is left over is data parallel.
 
     ``ep``: ranks that share the experts of a layer between them; by default the largest divisor of
-    W that no layer has fewer experts than, preferring one that divides the experts evenly.
+    W / etp that no layer has fewer experts than, preferring one that divides the experts evenly.
+    ``etp``: ranks that share the hidden units of each expert (expert tensor parallel).
     ``edp``: what the ranks with the same experts do with them, ``"shard"`` (gather before use) or
     ``"replicate"``.
     ``tp``: ranks that share the heads and hidden units of each layer (tensor parallel); outside of
@@ -35,13 +36,12 @@ class Plan:
     ``cp``: ranks that share the tokens of each sequence (context parallel), and ``context`` how
     attention reaches the others' tokens: ``"ulysses"``, ``"ring"`` or ``"gather"``.
     ``expert_tokens``: the most tokens that a rank sends to its experts at once; of more it makes
-    chunks, so that no rank gets more than ep * k rows for each of so many, whatever the router
-    does. ``expert_chunks`` says which tokens a chunk has, ``"strided"`` or ``"contiguous"``.
+    chunks, so that no rank gets more than ep * etp * k rows for each of so many, whatever the
+    router does. ``expert_chunks`` says which tokens a chunk has, ``"strided"`` or ``"contiguous"``.
     ``recompute_experts``: backward sends and computes each chunk's rows again instead of keeping
     them; by default where there are several chunks.
     ``count_tokens``: count each expert's tokens in a buffer of the model, ``tokens_per_expert``.
-    ``pp`` and ``etp`` (pipeline, expert tensor parallel) are 1: larger sizes are refused until
-    their passes exist.
+    ``pp`` (pipeline) is 1: larger sizes are refused until its pass exists.
 
     >>> Plan(ep=2).resolve(world_size=4, experts=[8]).ep
     2
@@ -79,12 +79,11 @@ class Plan:
 
         Raises PlanError, with the plans that would fit, where a size does not divide W.
         """
-        for name in ("pp", "etp"):
-            if getattr(self, name) != 1:
-                raise PlanError(
-                    f"{name}={getattr(self, name)} is not available yet; leave {name}=1. "
-                    "Data, tensor, context, expert and sharded-parameter parallelism are."
-                )
+        if self.pp != 1:
+            raise PlanError(
+                f"pp={self.pp} is not available yet; leave pp=1. Data, tensor, context, expert, "
+                "expert tensor and sharded-parameter parallelism are."
+            )
         if self.edp not in ("shard", "replicate"):
             raise PlanError(f"edp is 'shard' or 'replicate', not {self.edp!r}")
         if self.expert_chunks not in ("strided", "contiguous"):
@@ -97,7 +96,7 @@ class Plan:
                 "or None for all tokens at once"
             )
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        for name in ("ep", "vp", "cp", "tp", "dp_replicate"):
+        for name in ("ep", "etp", "vp", "cp", "tp", "dp_replicate"):
             size = getattr(self, name)
             if size is not None and size not in divisors:
                 fitting = ", ".join(f"Plan({name}={d})" for d in divisors)
@@ -112,6 +111,14 @@ class Plan:
                     f"tp={self.tp} leaves {rest} of the {world_size} ranks, and {name}={size} does "
                     f"not divide them; choose sizes with tp * {name} dividing {world_size}"
                 )
+        rest = world_size // self.etp
+        if rest % (self.ep or 1):
+            fitting = [f"Plan(ep={d}, etp={self.etp})" for d in divisors if rest % d == 0]
+            raise PlanError(
+                f"etp={self.etp} leaves {rest} of the {world_size} ranks, and ep={self.ep} does "
+                f"not divide them: ep * etp must divide {world_size}. These would: "
+                + ", ".join(fitting)
+            )
         vp = self.vp or world_size
         if self.cp * self.tp > 1 and vp not in (own := (self.tp, self.cp * self.tp, world_size)):
             raise PlanError(
@@ -119,7 +126,8 @@ class Plan:
                 f"vocabulary are those that share sequences, or all. These would: "
                 + ", ".join(f"Plan(vp={size})" for size in dict.fromkeys(own))
             )
-        ep = self.ep if self.ep is not None else _default_ep(divisors, experts)
+        groups = [d for d in divisors if rest % d == 0]
+        ep = self.ep if self.ep is not None else _default_ep(groups, experts)
         recompute = self.recompute_experts
         if recompute is None:
             recompute = self.expert_tokens is not None
@@ -133,6 +141,7 @@ class Plan:
             self.ep,
             self.cp,
             tp=self.tp,
+            etp=self.etp,
             vp=self.vp,
             dp_replicate=self.dp_replicate,
         )

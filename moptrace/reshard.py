@@ -24,9 +24,9 @@ def reshard(x: Tensor, axis: str, source: str, target: str) -> Tensor:
 
 
 def route(rows: Tensor, counts: Tensor, axis: str, source: str, target: str) -> Tensor:
-    """Move routed rows along one axis, to the ranks of their experts or back to their tokens'.
+    """Move routed rows along one axis: to the ranks of their experts, to all ranks, or back.
 
-    ``counts`` are the rows of each expert, held as ``dispatch`` gives them (by token). On one
-    device all rows are in one place already.
+    ``counts`` are the rows of each expert that a rank has, by token along this axis and held as the
+    rows along the others. On one device all rows are in one place already.
     """
     return rows

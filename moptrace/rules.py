@@ -299,11 +299,20 @@ def along_dim(position: int, default: int = 0, linear: bool = True) -> Callable[
 
 
 def slices(node: fx.Node) -> Rule:
-    """A slice of one dimension; a slice of everything is the dimension itself."""
-    dim = argument(node, 1, "dim", 0)
-    everything = _shape(operands(node)[0])[dim] == roles.tensor(node).shape[dim]
-    whole = [] if everything else [dim]
-    return _same(node, whole, linear=frozenset({0}))
+    """A slice of one dimension; a slice of everything is the dimension itself.
+
+    One of every so many positions, as of interleaved gates and values, is one of each group.
+    """
+    shape = _shape(operands(node)[0])
+    dim = argument(node, 1, "dim", 0) % len(shape)
+    size, taken = shape[dim], roles.tensor(node).shape[dim]
+    start, step = argument(node, 2, "start"), argument(node, 4, "step", 1)
+    if step > 1 and 0 <= (start or 0) < step and size == taken * step:
+        dims = _dims("d", len(shape))
+        groups = (*dims[:dim], f"d{dim}.B", *dims[dim + 1 :])
+        sizes = {f"d{dim}": taken, "B": step}
+        return Rule((groups,), (dims,), frozenset({0}), quantum=sizes)
+    return _same(node, [] if size == taken else [dim], linear=frozenset({0}))
 
 
 def pieces(node: fx.Node) -> Rule:
@@ -751,7 +760,8 @@ def pair_rows(node: fx.Node) -> Rule:
 
 
 def grouped_mm(node: fx.Node) -> Rule:
-    return Rule((("s|e", "K"), ("e", "K", "n"), ("e",)), (("s|e", "n"),), counts=2)
+    ins: tuple[Dims, ...] = (("s|e", "k"), ("e", "k", "n"), ("e",))
+    return Rule(ins, (("s|e", "n"),), summed=True, counts=2)
 
 
 def expert_rows(node: fx.Node) -> Rule:

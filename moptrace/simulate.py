@@ -109,7 +109,7 @@ def _together(row: Collective, args: list[tuple[Any, ...]], layout: Layout) -> l
     axis = next(x for x in args[0] if isinstance(x, str))
     results: list[Any] = [None] * len(args)
     for group in layout.view_of(axis).groups(axis):
-        members = [args[r][:5] if row.moves_rows else args[r] for r in group]
+        members = [row.without_size(args[r]) for r in group]
         tensors = [[x for x in own if isinstance(x, Tensor)] for own in members]
         extra = tuple(x for x in members[0] if not isinstance(x, (Tensor, str)))
         beside = tuple(list(column) for column in list(zip(*tensors, strict=True))[1:])

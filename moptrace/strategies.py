@@ -479,16 +479,17 @@ def meshes(batch_size: int = 24, largest: int = 8) -> SearchStrategy[int]:
 def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
     """Plans for this many ranks and sequences of this length, resolved.
 
-    Every ``ep``, every ``cp * tp`` that divides the length, each way to attend, the vocabulary over
-    all ranks or some, dense weights copied or not, experts alike or sharded over ``edp``, the loss
-    from whole logits or from blocks of them, embeddings gathered or looked up where their rows are,
-    tokens sent to their experts at once or in chunks, kept for backward or not.
+    Every ``ep * etp``, every ``cp * tp`` that divides the length, each way to attend, the
+    vocabulary over all ranks or some, dense weights copied or not, experts alike or sharded over
+    ``edp``, the loss from whole logits or from blocks of them, embeddings gathered or looked up
+    where their rows are, tokens sent to their experts at once or in chunks, kept for backward or
+    not.
     """
     st = _hypothesis()
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
 
-    def shared(tp: int) -> list[int]:
-        return [d for d in divisors if world_size % (d * tp) == 0]
+    def shared(others: int) -> list[int]:
+        return [d for d in divisors if world_size % (d * others) == 0]
 
     @st.composite
     def tokens(draw: Any) -> dict[str, int]:
@@ -498,10 +499,17 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
         copies = draw(st.sampled_from(shared(tp)))
         return {"tp": tp, "cp": cp, "vp": draw(st.sampled_from(words)), "dp_replicate": copies}
 
+    @st.composite
+    def experts(draw: Any) -> dict[str, int]:
+        ep = draw(st.sampled_from(divisors))
+        return {"ep": ep, "etp": draw(st.sampled_from(shared(ep)))}
+
     return st.builds(
-        lambda tokens, **fields: Plan(**tokens, **fields).resolve(world_size, []),
+        lambda tokens, experts, **fields: Plan(**tokens, **experts, **fields).resolve(
+            world_size, []
+        ),
         tokens(),
-        ep=st.sampled_from(divisors),
+        experts(),
         context=st.sampled_from(["ulysses", "ring", "gather"]),
         edp=st.sampled_from(["shard", "replicate"]),
         logits_bytes=st.sampled_from([0, Plan.logits_bytes]),

@@ -41,12 +41,12 @@ _OF_TOKENS: dict[Any, tuple[int, ...]] = {
 def chunk_experts(tokens: int | None, order: str = "strided", recompute: bool = True) -> Pass:
     """Dispatch, compute and combine a rank's tokens in chunks of at most ``tokens``.
 
-    Of a chunk of c tokens with k choices each, none of ep ranks can get more than ep * c * k rows,
-    whatever the router does. With ``recompute`` each chunk is a region that keeps nothing from
-    forward to backward but what goes into it: tokens, their choices and the choices' weights, so
-    that computing it again cannot send a token elsewhere. The rows of one chunk are then all that
-    is alive at a time, in backward too. ``order`` is ``"strided"``, where a chunk has every K-th
-    token, or ``"contiguous"``. ``tokens=None`` makes one chunk of all.
+    Of a chunk of c tokens with k choices each, none of ep * etp ranks can get more than
+    ep * etp * c * k rows, whatever the router does. With ``recompute`` each chunk is a region that
+    keeps nothing from forward to backward but what goes into it: tokens, their choices and the
+    choices' weights, so that computing it again cannot send a token elsewhere. The rows of one
+    chunk are then all that is alive at a time, in backward too. ``order`` is ``"strided"``, where a
+    chunk has every K-th token, or ``"contiguous"``. ``tokens=None`` makes one chunk of all.
 
     Requires: a local program. Ensures: the same function. Sums over the chunks' rows, of which the
     gradients of experts consist, are taken chunk by chunk. A layer stays whole, with a note, where
@@ -85,7 +85,9 @@ def chunk_experts(tokens: int | None, order: str = "strided", recompute: bool = 
 def _bound(program: Program, layer: _Layer, number: int) -> str:
     """What a rank can get at once, in words."""
     assert program.layout is not None
-    axes = {str(n.args[3]) for n in layer.nodes if n.target is ops.send_rows.default}
+    arriving = (ops.send_rows.default, ops.all_gather_rows.default)
+    moves = [n for n in layer.nodes if n.target in arriving]
+    axes = {next(x for x in n.args if isinstance(x, str)) for n in moves}
     size = math.ceil(layer.tokens / number)
     rows = math.prod(map(program.layout.size, axes)) * size * layer.choices
     row = roles.tensor(layer.dispatch.args[0])[:1]  # type: ignore[arg-type]

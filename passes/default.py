@@ -11,6 +11,7 @@ from moptrace.passes.chunk_experts import chunk_experts
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.count_tokens import count_tokens
+from moptrace.passes.expert_tensor_parallel import expert_tensor_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
 from moptrace.passes.fuse_experts import fuse_experts
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
@@ -57,6 +58,7 @@ def sharded(
     return chain(
         *([count_tokens()] if plan.count_tokens else []),
         tensor_parallel(layout),
+        expert_tensor_parallel(layout),
         context_parallel(layout, plan.context),
         causal_convolutions(layout),
         fuse_vocabulary(plan.logits_bytes * world_size, keep_logits or plan.keep_logits),

@@ -275,7 +275,7 @@ class _Run:
 
     def _move_rows(self, node: fx.Node, name: str, back: str, args: tuple[Any, ...]) -> Tensor:
         """As many rows come as were sent the other way, or as came before by the same table."""
-        table = node.args[2]
+        table = next(x for x in reversed(node.args) if isinstance(x, fx.Node))
         size = self.rows.get((table, name))
         result: Tensor = collective(node.target).op(*args, size)  # type: ignore[union-attr]
         self.rows[table, name] = result.shape[0]

@@ -152,10 +152,10 @@ def _spreads(node: fx.Node, x: fx.Node) -> bool:
 def _is_divided(node: fx.Node) -> bool:
     """Whether ranks have slices of the rows, of which an expert's function knows nothing."""
     return any(
-        isinstance(kind, Shard) and axis.size > 1
+        axis.size > 1
         for placement in roles.placements(node)
         if placement is not None
-        for axis, kind in zip(placement.view.axes, placement.kinds, strict=True)
+        for axis in placement.axes_of_dim(0)
     )
 
 
@@ -316,14 +316,28 @@ def _placements(nodes: list[fx.Node]) -> tuple[Any, ...]:
 
 
 def _rule(body: _Body) -> Rule:
-    """Rows are split as their experts are; nothing else is."""
+    """Rows are split as their experts are, hidden units as they were; nothing else is."""
     first: dict[Kind, tuple[str, ...]] = {"rows": ("s|e",), "experts": ("e",), "all": ()}
-    ins = [
-        (*first[operand.kind], *(f"W{i}D{d}" for d in range(len(operand.shape))))
-        for i, operand in enumerate(body.given.values())
-    ]
-    outs = [
-        ("s|e", *(f"R{i}D{d}" for d in range(roles.tensor(x).dim() - 1)))
-        for i, x in enumerate(body.region.results)
-    ]
-    return Rule((("e",), *ins), tuple(outs), counts=0)
+    quantum: dict[str, int] = {}
+
+    def dims(x: fx.Node, kind: Kind, name: str) -> tuple[str, ...]:
+        rest = range(len(first[kind]), roles.tensor(x).dim())
+        return (*first[kind], *(_shared(x, d, quantum) or f"{name}D{d}" for d in rest))
+
+    ins = [dims(x, kind, f"W{i}") for i, (x, kind) in enumerate(body.given)]
+    outs = [dims(x, "rows", f"R{i}") for i, x in enumerate(body.region.results)]
+    return Rule((("e",), *ins), tuple(outs), summed=True, counts=0, quantum=quantum)
+
+
+def _shared(x: fx.Node, dim: int, quantum: dict[str, int]) -> str | None:
+    """The factor of a dimension of which the ranks along an axis have their shares."""
+    placement = roles.placement(x)
+    for axis in placement.axes_of_dim(dim) if placement else ():
+        kind = placement.kind(axis.name) if placement else None
+        if axis.size > 1 and isinstance(kind, Shard):
+            factor = f"of_{axis.name}"
+            if kind.blocks == 1:
+                return factor
+            quantum[blocks := f"B{kind.blocks}"] = kind.blocks
+            return f"{blocks}.{factor}"
+    return None

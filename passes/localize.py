@@ -15,6 +15,7 @@ from moptrace.core import Level, Pass, Program
 from moptrace.errors import PlacementError
 from moptrace.infer import travels
 from moptrace.placement import (
+    INVARIANT,
     PARTIAL,
     Kind,
     Layout,
@@ -238,7 +239,9 @@ class _Localizer:
         assert isinstance(x, fx.Node) and isinstance(axis, str)
         before, after = parse_kind(str(source)), parse_kind(str(target))
         if _counts_rows(x) and before == PARTIAL and after == Shard(0):
-            table = self._table(x, axis)
+            self._table(x, axis)
+        if before == PARTIAL and (x, axis) in self.tables:  # which says the counts of all ranks
+            table = self.tables[x, axis]
             return self._call(node, aten.sum.dim_IntList, (table, [0]), None)
         name = conversion(before, after)
         assert name is not None, f"no collective from {source} to {target}"
@@ -281,21 +284,26 @@ class _Localizer:
         for at in (dim, dim + 1):
             for count in (n for n, kind in others if isinstance(kind, Shard) and kind.dim == at):
                 own[at] = _divided_size(own[at], count, node)
-        sizes = [*self._local_value(x).shape]
-        sizes[dim : dim + 1] = [own[dim], sizes[dim] // own[dim]]
-        opened = described(self._call(x, aten.view.default, (self.new[x], sizes), rule), x)
+        cut = (self.new[x], dim, [own[dim], -1])  # the ranks' shares of other dimensions may differ
+        opened = described(self._call(x, aten.unflatten.int, cut, rule), x)
+        before, after = (opened_kind(self._said(end, axis).kind(axis)) for end in (x, node))
+        arguments = _arguments(name, before, after, axis, own.__getitem__)
         row = COLLECTIVES[name].op
-        moved = described(self._call(node, row, (opened, axis, dim + 1, own[dim + 1]), None), node)
-        joined = list(self._local_value(node).shape)
-        return self._call(node, aten.reshape.default, (moved, joined), _reversed(rule))
+        moved = described(self._call(node, row, (opened, *arguments), None), node)
+        joined = (moved, dim, dim + 1)
+        return self._call(node, aten.flatten.using_ints, joined, _reversed(rule))
 
     def _route(self, node: fx.Node) -> fx.Node:
-        x, counts, axis, source, _ = node.args
+        x, counts, axis, source, target = node.args
         assert isinstance(x, fx.Node) and isinstance(counts, fx.Node) and isinstance(axis, str)
+        before, after = parse_kind(str(source)), parse_kind(str(target))
+        if name := conversion(before, after):
+            table = self._table_of_all(counts, axis)
+            return self._call(node, COLLECTIVES[name].op, (self.new[x], table, axis), None)
         table, own = self._table(counts, axis), self.new[counts]
         experts = roles.tensor(counts).shape[0]
         arrival = self._with_kind(node, axis, Rows("arrival"))
-        if parse_kind(str(source)) == Rows("token"):
+        if before == Rows("token"):
             rows = self.new[x]
             sent = self._call(node, ops.send_rows.default, (rows, own, table, axis, experts), None)
             roles.set_role(sent, placements=(arrival,))
@@ -314,6 +322,24 @@ class _Localizer:
             ranks, own = self.layout.size(axis), self.layout.sizes(experts, axis)[0]
             roles.set_value(table, roles.tensor(counts).new_empty(ranks, own))
             roles.set_role(table, placements=(self._with_kind(counts, axis, Shard(1)),))
+            self.tables[key] = table
+        return self.tables[key]
+
+    def _table_of_all(self, counts: fx.Node, axis: str) -> fx.Node:
+        """How many rows of each own expert every rank has."""
+        key = (counts, axis)
+        if key not in self.tables:
+            ranks, (own,) = self.layout.size(axis), self._local_value(counts).shape
+            held = self._said(counts, axis)
+            kinds = (Shard(1) if kind == Shard(0) else kind for kind in held.kinds)
+            one = Placement(held.view, tuple(kinds)).with_kind(axis, Shard(0))
+            row = self._call(counts, aten.unsqueeze.default, (self.new[counts], 0), None)
+            gather = COLLECTIVES["all_gather_invariant"].op
+            table = self._call(counts, gather, (row, axis, 0, ranks), None)
+            whole = one.with_kind(axis, INVARIANT)
+            for node, placement, length in ((row, one, 1), (table, whole, ranks)):
+                roles.set_value(node, roles.tensor(counts).new_empty(length, own))
+                roles.set_role(node, placements=(placement,))
             self.tables[key] = table
         return self.tables[key]
 

@@ -82,6 +82,14 @@ _REARRANGES = {
     aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
 }  # fmt: skip
 _DETACHES = {aten.detach.default}
+# The changes of routed rows along an axis, and how the counts of rows so held are held.
+_ROUTES = {
+    (Rows("token"), Rows("expert")),
+    (Rows("expert"), Rows("token")),
+    (Rows("token"), REPLICATE),
+    (PARTIAL, Rows("token")),
+}
+_COUNTED: dict[Kind, Kind] = {Rows("token"): PARTIAL, Rows("expert"): Shard(0)}
 
 
 _ACTIVATION = 1 << 40  # elements of what carries no gradient that one of an activation outweighs
@@ -159,9 +167,10 @@ class _Placer:
             raise PlacementError(f"{roles.where(x)}: {placement} says nothing along {axis}")
         wanted = now.with_kind(axis, asked := parse_kind(str(kind)))
         if wanted != now and x in self.of_parameters and isinstance(asked, Shard):
-            for other in now.axes_of_dim(asked.dim):  # gathered on the way, so not split again
-                if other.name != axis:
-                    wanted = wanted.with_kind(other.name, REPLICATE)
+            beside = [a.name for a in now.axes_of_dim(asked.dim)]
+            for other in _split_axes(now) if self._splits_as_one(now) else beside:
+                if other != axis:  # gathered on the way, so not split again
+                    wanted = wanted.with_kind(other, REPLICATE)
         node.replace_all_uses_with(x if wanted == now else self._move(x, now, wanted, node))
         self.graph.erase_node(node)
 
@@ -301,8 +310,7 @@ class _Placer:
             return self._move_under(x, now, wanted, before)
         simplest = self._simplest(now)
         now, wanted = self._shortest(x, now, wanted)
-        if len(_split_axes(simplest)) < len(_split_axes(now)) and x not in self.activations:
-            # over more ranks than any axis here has, perhaps unevenly: none alone can change it
+        if self._splits_as_one(now) and x not in self.activations:
             kind = INVARIANT if INVARIANT in wanted.kinds else REPLICATE
             whole = simplest
             for axis in _split_axes(simplest):
@@ -312,12 +320,22 @@ class _Placer:
         for axis in now.view.axes:  # before anything is gathered: so gradients are added up late
             if (now.kind(axis.name), wanted.kind(axis.name)) == (INVARIANT, REPLICATE):
                 x, now = self._step(x, now, axis, REPLICATE, before)
+        for axis in now.view.axes:  # rows go to their experts' ranks before they are gathered there
+            if self._goes_to_experts(x, wanted.kind(axis.name)):
+                x, now = self._step(x, now, axis, wanted.kind(axis.name), before)
         middle = _untangled(now, wanted)
         for axis in reversed(now.view.axes):  # inner slices are gathered before outer ones
             x, now = self._step(x, now, axis, middle.kind(axis.name), before)
         for axis in now.view.axes:
             x, now = self._step(x, now, axis, wanted.kind(axis.name), before)
         return x
+
+    def _goes_to_experts(self, x: fx.Node, target: Kind) -> bool:
+        """Whether rows become those of a rank's experts, or their counts do."""
+        return target == Rows("expert") or (self._is_counts(x) and isinstance(target, Shard))
+
+    def _is_counts(self, x: fx.Node) -> bool:
+        return self.counts.get(x) is x
 
     def _shortest(
         self, x: fx.Node, now: Placement, wanted: Placement
@@ -334,6 +352,13 @@ class _Placer:
                 for axis, a, b in zip(way[0].view.axes, way[0].kinds, way[1].kinds, strict=True)
             ),
         )
+
+    def _splits_as_one(self, now: Placement) -> bool:
+        """Whether a dimension is split over more ranks than any axis here has, perhaps unevenly.
+
+        None of these axes alone can change it.
+        """
+        return len(_split_axes(self._simplest(now))) < len(_split_axes(now))
 
     def _simplest(self, placement: Placement) -> Placement:
         """The placement in the words of the view in which the fewest axes split it."""
@@ -377,8 +402,8 @@ class _Placer:
         self, x: fx.Node, axis: str, source: Kind, target: Kind, now: Placement, before: fx.Node
     ) -> fx.Node:
         with self.graph.inserting_before(before):
-            if isinstance(source, Rows) and isinstance(target, Rows):
-                counts = self.counts[x]
+            if (source, target) in _ROUTES:
+                counts = self._counts_of(x, axis, now, before)
                 args = (x, counts, axis, str(source), str(target))
                 new = self.graph.call_function(route, args)
             elif _is_fill(x) and isinstance(source, Invariant) and isinstance(target, Shard):
@@ -400,6 +425,16 @@ class _Placer:
             self.activations.add(new)
         self._inherit(new, x)
         return new
+
+    def _counts_of(self, x: fx.Node, axis: str, rows: Placement, before: fx.Node) -> fx.Node:
+        """The counts of rows that move along an axis, held as these along the other axes."""
+        counts = self.counts[x]
+        kinds = [
+            PARTIAL if entry.name == axis else _COUNTED.get(kind, REPLICATE)
+            for entry, kind in zip(rows.view.axes, rows.kinds, strict=True)
+        ]
+        now = self._in_view(counts, rows.view)
+        return self._move(counts, now, Placement(rows.view, tuple(kinds)), before)
 
     # --- the end ---
 
@@ -447,7 +482,7 @@ def _untangled(now: Placement, wanted: Placement) -> Placement:
     for position, (have, want) in enumerate(zip(now.kinds, wanted.kinds, strict=True)):
         changing: set[int | None] = set()
         for at, (a, b) in enumerate(zip(now.kinds[:position], wanted.kinds, strict=False)):
-            if a != b and not _beside(now, wanted, at):
+            if a != b and now.view.axes[at].size > 1 and not _beside(now, wanted, at):
                 changing |= {_split_dim(a), _split_dim(b)}
         changing.discard(None)
         if _split_dim(have) in changing:
@@ -465,7 +500,8 @@ def _split_axes(placement: Placement) -> list[str]:
 def _beside(now: Placement, wanted: Placement, at: int) -> bool:
     """Whether an outer axis splits, before and after, no more than what inner ranks hold."""
     axis = now.view.axes[at].name
-    ends = [p for p in (now, wanted) if isinstance(p.kind(axis), Shard)]
+    inner_first = Placement(now.view, (*now.kinds[: at + 1], *wanted.kinds[at + 1 :]))
+    ends = [p for p in (now, inner_first, wanted) if isinstance(p.kind(axis), Shard)]
     return all(own_blocks(p, axis) is not None for p in ends)
 
 
@@ -474,11 +510,11 @@ def _split_dim(kind: Kind) -> int | None:
 
 
 def _needs_whole(source: Kind, target: Kind, after: Placement, axis: str) -> bool:
-    """Whether a change of split cannot be an exchange: of blocks, or along one dimension."""
+    """Whether a change of split cannot be an exchange: along one dimension, or of two's blocks."""
     if not (isinstance(source, Shard) and isinstance(target, Shard)):
         return False
-    ends = (after.with_kind(axis, source), after)
-    return source.dim == target.dim or any(own_blocks(end, axis) != 1 for end in ends)
+    ends = [own_blocks(end, axis) for end in (after.with_kind(axis, source), after)]
+    return source.dim == target.dim or 1 not in ends or None in ends
 
 
 def _is_fill(node: fx.Node) -> bool:

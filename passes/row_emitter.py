@@ -166,11 +166,12 @@ class Emitter:
 
     def as_rows(self, form: Form, features: Sequence[int]) -> fx.Node:
         """[S, *features], whatever the form was."""
-        order = self.record().order
+        record, order = self.record(), self.record().order
         if form.kind == "rows":
             return form.value
-        if form.kind == "experts":
-            return self.emit(ops.expert_rows.default, form.value, self.record().counts, order)
+        if form.kind == "experts":  # with rows that go to the experts anyway, if there are any
+            rows = next(iter(record.rows.values()), order)
+            return self.emit(ops.expert_rows.default, form.value, record.counts, rows)
         sizes = [shape(order)[0], *features]
         if form.kind == "one":
             example = roles.tensor(self.author)

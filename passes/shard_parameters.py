@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import fx
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
 from moptrace.errors import PlanError
-from moptrace.placement import INVARIANT, Kind, Layout, Placement, Shard, parse_kind
+from moptrace.placement import INVARIANT, Kind, Layout, Placement, Shard, View, parse_kind
 from moptrace.reshard import constrain
 from moptrace.rules import operands, rule_for
 
@@ -35,11 +34,12 @@ def shard_parameters(
 ) -> Pass:
     """Shard every parameter over all ranks, along the dimension that its use asks for first.
 
-    An expert weight is split by expert over ``ep``, and over ``edp`` along another dimension
-    (``edp="shard"``) or held alike there (``edp="replicate"``). A weight that is asked to be split
-    over an axis (``constrain``) is, and along another dimension over the other ranks. Every other
-    parameter is split along dimension 0, over all ranks or over ``dp_shard``; scalars are held
-    alike. ``stored`` says it instead, by parameter, for a model that exists already.
+    An expert weight is split by expert over ``ep``, by hidden units over ``etp``, and over ``edp``
+    along another dimension (``edp="shard"``) or held alike there (``edp="replicate"``). A weight
+    that is asked to be split over an axis (``constrain``) is, and along another dimension over the
+    other ranks. Every other parameter is split along dimension 0, over all ranks or over
+    ``dp_shard``; scalars are held alike. ``stored`` says it instead, by parameter, for a model that
+    exists already.
 
     Requires: a canonical program. Ensures: every parameter and buffer has a placement.
     """
@@ -52,7 +52,8 @@ def shard_parameters(
             node = nodes[parameter.name]
             held = (stored or {}).get(parameter.name)
             if held is None:
-                asked = [("ep", dim)] if (dim := experts.get(parameter.name)) is not None else []
+                dim = experts.get(parameter.name)
+                asked = [] if dim is None else [("ep", Shard(dim))]
                 held = _storage(parameter.shape, [*asked, *_asked(node)], layout, edp)
             roles.set_role(node, placements=(layout.normalised(held),))
         for buffer in program.signature.buffers:
@@ -64,47 +65,61 @@ def shard_parameters(
     return Pass("shard_parameters", rewrite, options, takes=(Level.CANONICAL,))
 
 
-def _asked(parameter: fx.Node) -> Iterator[tuple[str, int]]:
+def _asked(parameter: fx.Node) -> Iterator[tuple[str, Shard]]:
     """The axes along which a use of a parameter asks for a split of one of its dimensions."""
     for user in parameter.users:
         if user.target is constrain:
             axis, kind = str(user.args[1]), parse_kind(str(user.args[2]))
-            if isinstance(kind, Shard) and kind.blocks == 1:
-                yield axis, kind.dim
+            if isinstance(kind, Shard):
+                yield axis, kind
 
 
 def _storage(
-    shape: tuple[int, ...], asked: Sequence[tuple[str, int]], layout: Layout, edp: str
+    shape: tuple[int, ...], asked: Sequence[tuple[str, Shard]], layout: Layout, edp: str
 ) -> Placement:
     """How the ranks hold a parameter between its uses."""
     if not shape:
         return Placement.uniform(layout.home, INVARIANT)
     alike = {"dp_replicate"} | ({"edp"} if edp == "replicate" else set[str]())
-    for axis, dim in asked:
-        held = _split_first(shape, axis, dim, layout, alike)
+    for view in (layout.experts, layout.tensor, layout.vocabulary, layout.home):
+        held = _split_as_asked(shape, asked, view, alike)
         if held is not None and held.expressed_in(layout.storage) is not None:
             return held
     kinds = (INVARIANT if axis.name in alike else Shard(0) for axis in layout.dense.axes)
     return Placement(layout.dense, tuple(kinds))
 
 
-def _split_first(
-    shape: tuple[int, ...], axis: str, dim: int, layout: Layout, alike: set[str]
+def _split_as_asked(
+    shape: tuple[int, ...], asked: Sequence[tuple[str, Shard]], view: View, alike: set[str]
 ) -> Placement | None:
-    """One dimension split over an axis, another over the rest of its view, evenly if any is."""
-    views = (layout.experts, layout.tensor, layout.vocabulary, layout.home)
-    view = next(v for v in views if any(a.name == axis for a in v.axes))
-    others = [d for d in range(len(shape)) if d != dim]
-    if not others and len(view.axes) > 1 and axis != "ep":
+    """Dimensions split over the axes that ask for it, and others over the rest of the view.
+
+    Evenly if any dimension is; a dimension that two axes split must be. What is asked for in blocks
+    cannot be stored so: another dimension is split then, and exchanged for it before use.
+    """
+    kinds: dict[str, Kind] = {}
+    for axis, kind in asked:
+        if any(entry.name == axis for entry in view.axes) and kind.blocks == 1:
+            if kind not in kinds.values():
+                kinds.setdefault(axis, kind)
+    if not kinds:
         return None
-    parts = math.prod(a.size for a in view.axes if a.name not in {axis, *alike})
-    even = next((d for d in others if shape[d] % parts == 0), others[0] if others else None)
-    beside = INVARIANT if even is None else Shard(even)
-    kinds: list[Kind] = []
-    for entry in view.axes:
-        split = Shard(dim) if entry.name == axis else beside
-        kinds.append(INVARIANT if entry.name in alike else split)
-    return Placement(view, tuple(kinds))
+    taken = {kind.dim for kind in kinds.values() if isinstance(kind, Shard)}
+    parts = {d: 1 for d in range(len(shape)) if d not in taken}
+    if not parts and len(view.axes) > 1 and "ep" not in kinds:
+        return None
+    blocked = {(axis, kind.dim) for axis, kind in asked if kind.blocks > 1}
+    for entry in reversed(view.axes):
+        if entry.name in kinds:
+            continue
+        others = [d for d in parts if (entry.name, d) not in blocked]
+        even = [d for d in others if shape[d] % (parts[d] * entry.size) == 0]
+        free = [d for d in others if parts[d] == 1]
+        dim = next(iter((*even, *free)), None)
+        kinds[entry.name] = INVARIANT if dim is None or entry.name in alike else Shard(dim)
+        if dim is not None and entry.name not in alike:
+            parts[dim] *= entry.size
+    return Placement(view, tuple(kinds[entry.name] for entry in view.axes))
 
 
 def expert_dims(graph: fx.Graph) -> dict[str, int]:
@@ -133,6 +148,9 @@ def _origins(node: Any, dim: int) -> Iterator[tuple[fx.Node, int]]:
     """Follow a dimension back to the placeholders that it comes from."""
     if node.op == "placeholder":
         yield node, dim
+        return
+    if node.target is constrain:
+        yield from _origins(node.args[0], dim)
         return
     number = 0
     if node.target is operator.getitem:  # one of the pieces of a split

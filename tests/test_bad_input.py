@@ -50,16 +50,21 @@ def plan(world_size: int, **sizes: int) -> Plan:
     return Plan(**sizes).resolve(world_size, [8])
 
 
-@pytest.mark.parametrize("sizes", [{"ep": 3}, {"vp": 3}, {"ep": 8}])
+@pytest.mark.parametrize("sizes", [{"ep": 3}, {"vp": 3}, {"ep": 8}, {"etp": 3}])
 def test_a_plan_that_does_not_divide_the_mesh_lists_those_that_would(sizes: dict[str, int]) -> None:
     with pytest.raises(errors.PlanError, match=r"does not divide the 4 ranks.*\(.*=1\).*\(.*=4\)"):
         plan(4, **sizes)
 
 
-@pytest.mark.parametrize("size", ["pp", "etp"])
-def test_a_parallelism_that_does_not_exist_is_refused(size: str) -> None:
-    with pytest.raises(errors.PlanError, match=f"{size}=2 is not available"):
-        plan(4, **{size: 2})
+def test_experts_and_their_hidden_units_share_no_more_ranks_than_there_are() -> None:
+    would = r"ep \* etp must divide 4.* Plan\(ep=1, etp=2\), Plan\(ep=2, etp=2\)$"
+    with pytest.raises(errors.PlanError, match=f"etp=2 leaves 2 of the 4 ranks, .*{would}"):
+        plan(4, ep=4, etp=2)
+
+
+def test_a_parallelism_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(errors.PlanError, match="pp=2 is not available"):
+        plan(4, pp=2)
 
 
 def test_a_mesh_with_unknown_dimension_names_lists_the_known_ones() -> None:

@@ -162,6 +162,9 @@ def test_uneven_shards_count_as_they_are_stored_and_as_they_are_padded() -> None
 # --- what moves -----------------------------------------------------------------------------------
 
 
+ROWS = {"send_rows", "return_rows", "all_gather_rows", "reduce_scatter_rows"}
+
+
 class Meter:
     """Counts what the simulator's collectives put on the wire, from the tensors that they get."""
 
@@ -196,13 +199,15 @@ class Meter:
                 "exchange_counts": (ranks - 1) * max(out) // ranks,
                 "send_rows": sum(sizes) / ranks * (ranks - 1) / ranks,
                 "return_rows": sum(sizes) / ranks * (ranks - 1) / ranks,
+                "all_gather_rows": sum(sizes) / ranks * (ranks - 1),
+                "reduce_scatter_rows": sum(out) / ranks * (ranks - 1),
                 "all_to_all": (ranks - 1) * max(sizes) // ranks,
             }[kind]
             self.groups.append(sent)
             if (
                 len(self.groups) == groups
             ):  # what the fullest sends; of rows, what they send on average
-                rows = kind in ("send_rows", "return_rows")
+                rows = kind in ROWS
                 self.bytes[kind] += sum(self.groups) / groups if rows else max(self.groups)
                 self.groups.clear()
         return results
@@ -250,7 +255,7 @@ def test_collectives_and_bytes_are_those_of_a_step(
     moved = {t.kind: t.bytes for t in found.traffic}
     # Rows are those of all ranks together, so routing does not change their mean.
     assert moved == pytest.approx(dict(meter.bytes))
-    assert {t.kind for t in found.traffic if t.expected} <= {"send_rows", "return_rows"}
+    assert {t.kind for t in found.traffic if t.expected} <= ROWS
 
 
 PLANS = (
@@ -262,6 +267,7 @@ PLANS = (
     (4, Plan(dp_replicate=2, ep=2, edp="replicate")),
     (4, Plan(vp=2, ep=2, logits_bytes=0)),
     (4, Plan(ep=1, logits_bytes=0)),
+    (4, Plan(ep=2, etp=2)),
     (4, Plan(ep=2, expert_tokens=5)),
     (4, Plan(ep=4, recompute_experts=True)),
 )

@@ -103,6 +103,7 @@ SUBJECTS: dict[str, tuple[Callable[[], nn.Module], int, Plan]] = {
     "experts over all ranks": (MOE.build, 3, Plan(ep=3)),
     "experts in groups": (MOE.build, 4, Plan(ep=2)),
     "experts in groups, alike": (MOE.build, 4, Plan(ep=2, edp="replicate")),
+    "hidden units of experts": (MOE.build, 4, Plan(ep=2, etp=2)),
     "no expert parallelism": (MOE.build, 2, Plan(ep=1)),
     "reductions": (lambda: _seeded(Everything), 3, Plan(ep=1)),
     "heads for tokens": (MOE.build, 8, Plan(ep=2, cp=2, logits_bytes=0, embedding_bytes=0)),
@@ -238,6 +239,7 @@ def test_no_inserted_node_can_be_deleted_or_doubled_unnoticed() -> None:
 REACHED = {
     "all_gather", "all_gather_invariant", "all_reduce", "all_reduce_invariant", "vary",
     "take_shard", "all_to_all", "ring_attention", "ring_embedding_rows", "ring_vocab_projection",
+    "all_gather_rows", "reduce_scatter_rows", "sum of exchanged counts",
     "exchange_counts", "send_rows", "return_rows", "group_rows", "ungroup_rows", "pack", "unpack",
     "division of an average", "count of labels",
 }  # fmt: skip

@@ -37,7 +37,8 @@ def layouts(draw: st.DrawFn) -> Layout:
     ep, vp, tp = (draw(st.sampled_from(divisors)) for _ in range(3))
     rest = [d for d in divisors if world_size % (tp * d) == 0]
     cp, copies = (draw(st.sampled_from(rest)) for _ in range(2))
-    return Layout.of(world_size, ep, cp, tp=tp, vp=vp, dp_replicate=copies)
+    etp = draw(st.sampled_from([d for d in divisors if world_size % (ep * d) == 0]))
+    return Layout.of(world_size, ep, cp, tp=tp, etp=etp, vp=vp, dp_replicate=copies)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -79,7 +80,7 @@ def test_the_parts_of_all_ranks_make_the_whole(
 ) -> None:
     whole = torch.arange(rows * columns).view(rows, columns)
     kinds = st.sampled_from([Shard(0), Shard(1), INVARIANT])
-    placement = Placement(layout.experts, (data.draw(kinds), data.draw(kinds)))
+    placement = Placement(layout.experts, tuple(data.draw(kinds) for _ in layout.experts.axes))
     parts = [state.own_part(whole, placement, r) for r in range(layout.world_size)]
     assert torch.equal(state.assemble(parts, placement), whole)
 

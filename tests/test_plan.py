@@ -22,6 +22,10 @@ def test_where_nothing_divides_evenly_experts_are_spread_unevenly() -> None:
     assert Plan().resolve(3, [7]).ep in (1, 3)
 
 
+def test_experts_are_spread_over_what_their_hidden_units_leave() -> None:
+    assert Plan(etp=2).resolve(8, [8]).ep == 4
+
+
 @pytest.mark.parametrize("ep", [1, 2, 4])
 def test_every_divisor_of_the_ranks_is_a_plan(ep: int) -> None:
     layout = Plan(ep=ep).resolve(4, [1]).layout(4)
@@ -47,6 +51,7 @@ def test_a_mesh_sets_sizes_by_its_names() -> None:
     sizes = ("dp_replicate", "dp_shard", "tp"), (2, 2, 4)
     assert Plan.from_mesh(*sizes) == Plan(dp_replicate=2, tp=4)
     assert Plan.from_mesh(("dp", "ep"), (2, 4)) == Plan(ep=4)
+    assert Plan.from_mesh(("edp", "ep", "etp"), (2, 2, 2)) == Plan(ep=2, etp=2)
     assert Plan.from_mesh(None, (8,)) == Plan()
     assert Plan(edp="replicate").merged(Plan(ep=2)) == Plan(ep=2, edp="replicate")
 

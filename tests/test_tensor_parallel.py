@@ -20,6 +20,7 @@ from moptrace.passes.tensor_parallel import tensor_parallel
 from moptrace.reshard import constrain
 from moptrace.roles import Component
 from moptrace.testing import (
+    ModelSpec,
     Step,
     assert_same_step,
     eager_step,
@@ -267,6 +268,15 @@ def test_layers_of_every_shape(name: str) -> None:
             assert len(asked) == split
         local = sharded(plan, ranks)(program)
         assert_same_step(simulated_step(local, whole_state(model), fed), want)
+
+
+def test_a_weight_that_is_gathered_whole_is_not_split_again_before_use() -> None:
+    """Three ranks of ``tp`` and four of ``ep`` do not nest, so it is stored over all ranks."""
+    model = ModelSpec(width=6, shared="plain").build()
+    ids = torch.randint(13, (12, 12), generator=torch.Generator().manual_seed(1))
+    fed = {"input_ids": ids, "labels": ids.roll(-1, 1)}
+    local = sharded(Plan(tp=3, cp=2, ep=4).resolve(12, []), 12)(canonical()(trace(model, fed)))
+    assert_same_step(simulated_step(local, whole_state(model), fed), eager_step(model, fed))
 
 
 def test_heads_that_do_not_divide_are_exchanged_or_said() -> None:
