@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from moptrace.errors import PlanError
 from moptrace.placement import Layout
+from moptrace.precision import MixedPrecisionPolicy
 
 __all__ = ["Plan"]
 
@@ -34,6 +35,8 @@ class Plan:
     a rank fetches the rows of its tokens, from the ranks that have them.
     ``cp``: ranks that share the tokens of each sequence (context parallel), and ``context`` how
     attention reaches the others' tokens: ``"ulysses"``, ``"ring"`` or ``"gather"``.
+    ``mixed_precision``: what parameters are cast to before they are gathered and used, what
+    gradients are added up in, and what routers compute in; by default all as the model has it.
     ``pp`` and ``etp`` (pipeline, expert tensor parallel) are 1: larger sizes are refused until
     their passes exist.
 
@@ -53,6 +56,7 @@ class Plan:
     logits_bytes: int = 64 << 20
     keep_logits: bool = False
     embedding_bytes: int = 64 << 20
+    mixed_precision: MixedPrecisionPolicy = MixedPrecisionPolicy()
 
     def resolve(self, world_size: int, experts: list[int]) -> Plan:
         """Fill in the defaults for W ranks and layers with these numbers of experts.

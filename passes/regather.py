@@ -61,7 +61,7 @@ class _Regather:
             return
         if all(x in self.made_of_gathers for x in node.all_input_nodes):
             row = collective(node.target)
-            large = row is not None and row.name == "all_gather" and _bytes(node) > self.above
+            large = row is not None and row.name in _GATHERS and _bytes(node) > self.above
             inherited = any(self.made_of_gathers[x] for x in node.all_input_nodes)
             self.made_of_gathers[node] = large or inherited
 
@@ -77,6 +77,7 @@ class _Regather:
         return self.copies[value]
 
 
+_GATHERS = ("all_gather", "all_gather_cast")
 _AFTER_BACKWARD = (roles.Component.CLIPPING, roles.Component.OPTIMIZER)
 
 
