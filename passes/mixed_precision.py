@@ -171,7 +171,9 @@ class _Routers:
     def _cast(self, x: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
         if (x, dtype) not in self.casts:
             with self.graph.inserting_before(before):
-                self.casts[x, dtype] = _cast(self.graph, x, dtype)
+                self.casts[x, dtype] = new = _cast(self.graph, x, dtype)
+            user = roles.role(before)
+            roles.set_role(new, component=user.component, block=user.block)
         return self.casts[x, dtype]
 
 
