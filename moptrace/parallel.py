@@ -315,7 +315,7 @@ class ParallelModule(nn.Module):
         assert isinstance(held, DTensor)
         stored = self._stored[parameter.name]
         said = (stored.expressed_in(view) for view in self.layout.views)
-        placement = next(p for p in said if p is not None)  # no two axes split one dimension there
+        placement = min((p for p in said if p is not None), key=_splits)  # each dimension once
         whole = held.to_local()
         with self._communicator:
             for axis, kind in zip(placement.view.axes, placement.kinds, strict=True):
@@ -432,6 +432,12 @@ def _global(batch: Mapping[str, Any], ranks: Sequence[int]) -> dict[str, Any]:
         return torch.empty(shape, dtype=x.dtype, device="meta")
 
     return pytree.tree_map(grown, dict(batch))
+
+
+def _splits(placement: Placement) -> int:
+    """How many axes split a tensor so placed."""
+    pairs = zip(placement.view.axes, placement.kinds, strict=True)
+    return sum(isinstance(kind, Shard) and axis.size > 1 for axis, kind in pairs)
 
 
 def _stored(program: Program) -> dict[str, Placement]:
