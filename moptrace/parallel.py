@@ -91,6 +91,7 @@ class ParallelModule(nn.Module):
         self._masters = {name: parameter.dtype for name, parameter in named}
         self._program = self._sharded(self._canonical)
         self._stored = _stored(self._program)
+        self._programs[self.traced_for(batch)] = self._program
         self._register(model)
 
     # --- parameters and buffers ---
