@@ -455,9 +455,7 @@ _SLICED = "(Tensor x, str axis, int dim, int length) -> Tensor"
 _ROWS = (
     "(Tensor rows, Tensor counts, Tensor table, str axis, int length, SymInt? size=None) -> Tensor"
 )
-_CAST = (
-    "(Tensor x, str axis, int dim, ScalarType dtype, ScalarType back, int length) -> Tensor"
-)
+_CAST = "(Tensor x, str axis, int dim, ScalarType dtype, ScalarType back, int length) -> Tensor"
 _SWAP = "(Tensor x, str axis, int split, int split_length, int join, int join_length) -> Tensor"
 _COUNTS = "(Tensor counts, str axis, int length) -> Tensor"
 

@@ -269,9 +269,7 @@ class _Reader:
                 sent, expected = self._sent(kind, row, one, node)
                 yield from self._shared(node, kind, sent, expected)
 
-    def _sent(
-        self, kind: str, row: Collective, one: Collective, node: fx.Node
-    ) -> tuple[int, bool]:
+    def _sent(self, kind: str, row: Collective, one: Collective, node: fx.Node) -> tuple[int, bool]:
         """The bytes that a rank sends for ``node`` or its transpose; True if they are expected.
 
         ``row`` is the node's collective and ``one`` that or its transpose.

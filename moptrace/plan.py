@@ -13,6 +13,7 @@ __all__ = ["Plan"]
 # Names of mesh dimensions, and the sizes of the plan that they set. Data parallel sizes follow.
 _MESH_NAMES = ("tp", "cp", "pp", "ep", "etp", "vp", "dp_replicate")
 _DATA_NAMES = ("dp", "dp_shard", "fsdp", "edp", "efsdp", "vdp", "world")
+_AS_THE_MODEL_HAS_IT = MixedPrecisionPolicy()
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Plan:
     logits_bytes: int = 64 << 20
     keep_logits: bool = False
     embedding_bytes: int = 64 << 20
-    mixed_precision: MixedPrecisionPolicy = MixedPrecisionPolicy()
+    mixed_precision: MixedPrecisionPolicy = _AS_THE_MODEL_HAS_IT
 
     def resolve(self, world_size: int, experts: list[int]) -> Plan:
         """Fill in the defaults for W ranks and layers with these numbers of experts.

@@ -55,7 +55,7 @@ def mixed_precision(policy: MixedPrecisionPolicy, masters: Mapping[str, torch.dt
 
 
 def _held(parameter: Parameter, masters: Mapping[str, torch.dtype]) -> torch.dtype:
-    """What the ranks hold a parameter in; stacked ones of several dtypes as ``torch.stack`` does."""
+    """What the ranks hold a parameter in: of several that are stacked, what holds them all."""
     first, *others = (masters.get(name, parameter.dtype) for name in state.user_names(parameter))
     for other in others:
         first = torch.promote_types(first, other)

@@ -285,7 +285,9 @@ def test_bytes_are_those_of_a_step_under_every_kind_of_plan(
 
 
 @pytest.mark.parametrize("reduced", [None, torch.float32])
-def test_parameters_move_in_what_they_are_cast_to(reduced: torch.dtype | None, meter: Meter) -> None:
+def test_parameters_move_in_what_they_are_cast_to(
+    reduced: torch.dtype | None, meter: Meter
+) -> None:
     spec, fed = ModelSpec(experts=4, attention="fused"), tokens(seed=1)
     fed = {name: x % spec.vocabulary for name, x in fed.items()}
     policy, held = MixedPrecisionPolicy(torch.bfloat16, reduced), spec.build(torch.float32)

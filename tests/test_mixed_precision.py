@@ -45,6 +45,11 @@ PLANS = (
     (8, Plan(tp=2, cp=2, dp_replicate=2, ep=4, vp=2, context="ring", logits_bytes=0)),
 )
 every_plan = pytest.mark.parametrize(("ranks", "plan"), PLANS, ids=str)
+some_plans = pytest.mark.parametrize(
+    ("ranks", "plan"),
+    [p if i % 4 == 0 else pytest.param(*p, marks=pytest.mark.slow) for i, p in enumerate(PLANS)],
+    ids=str,
+)
 
 
 def tokens(seed: int = 0, size: int = 8, length: int = 12) -> dict[str, Tensor]:
@@ -100,7 +105,7 @@ def test_float32_parameters_of_a_model_computed_in_float64(ranks: int, plan: Pla
     assert_rounded_once(step_of(F32, policy, ranks, plan), wanted(F32, policy))
 
 
-@every_plan
+@some_plans
 def test_gradients_added_up_in_more_bits_than_the_model_computes_in(ranks: int, plan: Plan) -> None:
     policy = MixedPrecisionPolicy(param_dtype=F32, reduce_dtype=F64)
     have, want = step_of(F64, policy, ranks, plan), wanted(F64, policy)
@@ -134,7 +139,7 @@ def test_a_sum_over_ranks_keeps_what_fewer_bits_would_drop() -> None:
         assert found[copies, None].tolist() == [256.0, 256.0]
 
 
-@every_plan
+@some_plans
 def test_a_policy_that_asks_for_what_is_there_changes_nothing(ranks: int, plan: Plan) -> None:
     same = MixedPrecisionPolicy(F64, F64, router_dtype=F64)
     program = local(F64, same, ranks, plan)
@@ -158,7 +163,7 @@ def test_only_parameters_of_another_dtype_are_cast_and_the_history_shows_it() ->
 # --- steps ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduced", [None, F64])
+@pytest.mark.parametrize("reduced", [pytest.param(None, marks=pytest.mark.slow), F64])
 def test_three_steps_with_master_weights_and_clipping(reduced: torch.dtype | None) -> None:
     policy, make = MixedPrecisionPolicy(F32, reduced), all_of(ADAMW)
     model = SPEC.build(F64)
@@ -275,7 +280,7 @@ def _run(program: Program, state: dict[str, Tensor], batch: dict[str, Tensor]) -
     return {node: by_name[node.name] for node in program.nodes if node.name in by_name}
 
 
-@every_plan
+@some_plans
 def test_routers_in_more_bits_under_every_plan(ranks: int, plan: Plan) -> None:
     policy = MixedPrecisionPolicy(F32, router_dtype=F64)
     have, want = step_of(F64, policy, ranks, plan), wanted(F64, policy)
@@ -286,9 +291,9 @@ def test_routers_in_more_bits_under_every_plan(ranks: int, plan: Plan) -> None:
 
 
 def test_a_policy_that_would_lose_bits_is_refused() -> None:
-    with pytest.raises(errors.PlanError, match="reduce_dtype=torch.bfloat16"):
+    with pytest.raises(errors.PlanError, match=r"reduce_dtype=torch\.bfloat16"):
         MixedPrecisionPolicy(F32, BF16)
     with pytest.raises(errors.PlanError, match="param_dtype is a floating-point dtype"):
         MixedPrecisionPolicy(torch.int8)
-    with pytest.raises(errors.PlanError, match="reduce_dtype=torch.bfloat16"):
+    with pytest.raises(errors.PlanError, match=r"reduce_dtype=torch\.bfloat16"):
         local(F32, MixedPrecisionPolicy(reduce_dtype=BF16), 2, Plan(ep=2))
