@@ -39,7 +39,8 @@ same one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
@@ -97,6 +98,16 @@ class Communicator:
                 "returned, or wrap the call in `with communicator:`"
             )
         return cls._active[-1]
+
+    @contextmanager
+    def at(self, seed: int, step: int) -> Iterator[None]:
+        """Draw as in another step, to compute a part of it again."""
+        now = self.seed, self.step
+        self.seed, self.step = seed, step
+        try:
+            yield
+        finally:
+            self.seed, self.step = now
 
     def __enter__(self) -> Communicator:
         self._active.append(self)

@@ -7,7 +7,7 @@ function from program to program. ``chain`` composes passes into a pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -212,6 +212,8 @@ class Program:
 
     def module(self, device: torch.device | str = "cpu") -> fx.GraphModule:
         """The graph as a callable module on ``device`` that takes its placeholders in order."""
+        from moptrace.recompute import with_regions
+
         root = torch.nn.Module()
         for name, constant in self.constants.items():
             setattr(root, name, constant.to(device))
@@ -219,6 +221,8 @@ class Program:
         for node in graph.nodes:  # programs are traced on the CPU
             if "device" in node.kwargs:
                 node.update_kwarg("device", torch.device(device))
+        if self.level == Level.LOCAL:  # autograd differentiates it
+            graph = with_regions(graph)
         return fx.GraphModule(root, graph, class_name=f"{self.level}".capitalize())
 
     def diff(self, other: Program | None = None, block: int | None = None) -> str:
@@ -330,11 +334,27 @@ def _made_by(program: Program) -> str:
     return " -> ".join(str(p.made_by) if p.made_by else "trace" for p in program.history)
 
 
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and everything that they depend on."""
+    found: set[fx.Node] = set()
+    left = list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
+
+
 def erase_dead(graph: fx.Graph, keep: Sequence[fx.Node] = ()) -> None:
-    """Remove pure nodes whose results nothing uses; placeholders stay."""
+    """Remove nodes whose results nothing uses, if they do nothing else; placeholders stay.
+
+    A random operator does nothing else: which numbers others draw does not depend on it.
+    """
     kept = set(keep)
     for node in reversed(list(graph.nodes)):
         if node.op in ("placeholder", "output") or node.users or node in kept:
             continue
-        if not node.is_impure():
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if random or not node.is_impure():
             graph.erase_node(node)

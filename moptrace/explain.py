@@ -197,6 +197,7 @@ class _Reader:
         self.nodes = list(program.graph.nodes)
         self.component = _components(self.nodes)
         self.trained = _on_the_way_to_the_loss(program)
+        self.again = {roles.role(n).recompute for n in self.trained} - {""}
         self.stored = _inputs_of(program)
         self.traffic = [t for node in self.nodes for t in self._traffic_of(node)]
 
@@ -261,6 +262,8 @@ class _Reader:
             return
         started = [row]
         operand = node.args[0]
+        if roles.role(node).recompute in self.again:
+            started.append(row)
         if row.transpose and operand in self.trained and node in self.trained:
             started.append(COLLECTIVES[row.transpose])
         for one in started:

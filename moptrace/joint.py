@@ -55,6 +55,7 @@ class Tape:
                 module=self._role.module,
                 source=self._role.source,
                 backward=self._role.backward,
+                recompute=self._role.recompute,
             )
         self._last = self._graph._root.prev
         self._role = role

@@ -38,6 +38,11 @@ class Plan:
     attention reaches the others' tokens: ``"ulysses"``, ``"ring"`` or ``"gather"``.
     ``mixed_precision``: what parameters are cast to before they are gathered and used, what
     gradients are added up in, and what routers compute in; by default all as the model has it.
+    ``expert_tokens``: the most tokens that a rank sends to its experts at once; of more it makes
+    chunks, so that no rank gets more than ep * k rows for each of so many, whatever the router
+    does. ``expert_chunks`` says which tokens a chunk has, ``"strided"`` or ``"contiguous"``.
+    ``recompute_experts``: backward sends and computes each chunk's rows again instead of keeping
+    them; by default where there are several chunks.
     ``pp`` and ``etp`` (pipeline, expert tensor parallel) are 1: larger sizes are refused until
     their passes exist.
 
@@ -58,6 +63,19 @@ class Plan:
     keep_logits: bool = False
     embedding_bytes: int = 64 << 20
     mixed_precision: MixedPrecisionPolicy = _AS_THE_MODEL_HAS_IT
+    expert_tokens: int | None = None
+    expert_chunks: str = "strided"
+    recompute_experts: bool | None = None
+
+    def __str__(self) -> str:
+        """The fields that are not the default.
+
+        >>> print(Plan(tp=2, ep=4))
+        Plan(tp=2, ep=4)
+        """
+        told = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        chosen = [f"{name}={value!r}" for name, value in told if value != getattr(Plan, name)]
+        return f"Plan({', '.join(chosen)})"
 
     def resolve(self, world_size: int, experts: list[int]) -> Plan:
         """Fill in the defaults for W ranks and layers with these numbers of experts.
@@ -72,6 +90,15 @@ class Plan:
                 )
         if self.edp not in ("shard", "replicate"):
             raise PlanError(f"edp is 'shard' or 'replicate', not {self.edp!r}")
+        if self.expert_chunks not in ("strided", "contiguous"):
+            raise PlanError(
+                f"expert_chunks is 'strided' or 'contiguous', not {self.expert_chunks!r}"
+            )
+        if self.expert_tokens is not None and self.expert_tokens < 1:
+            raise PlanError(
+                f"expert_tokens={self.expert_tokens} leaves no token to a chunk; give 1 or more, "
+                "or None for all tokens at once"
+            )
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
         for name in ("ep", "vp", "cp", "tp", "dp_replicate"):
             size = getattr(self, name)
@@ -96,7 +123,10 @@ class Plan:
                 + ", ".join(f"Plan(vp={size})" for size in dict.fromkeys(own))
             )
         ep = self.ep if self.ep is not None else _default_ep(divisors, experts)
-        return replace(self, ep=ep, vp=vp)
+        recompute = self.recompute_experts
+        if recompute is None:
+            recompute = self.expert_tokens is not None
+        return replace(self, ep=ep, vp=vp, recompute_experts=recompute)
 
     def layout(self, world_size: int) -> Layout:
         """The views of the ranks under a resolved plan."""

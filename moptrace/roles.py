@@ -72,6 +72,8 @@ class Role:
     result of the node (one for a tensor). ``made_by`` names the pass that made the node, empty for
     a node of the user's model. ``rule`` is how the operator may be sharded, found from the global
     shapes. ``backward`` is whether the node is part of the backward of that component and line.
+    ``recompute`` names the region that the node belongs to, if its values are computed again in
+    backward instead of kept: nodes of one region follow from one another (``recompute.py``).
     """
 
     component: Component | None = None
@@ -82,6 +84,7 @@ class Role:
     source: Source | None = None
     rule: Any = None
     backward: bool = False
+    recompute: str = ""
 
 
 _NOTHING = Role()

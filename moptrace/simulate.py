@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from moptrace.collectives import COLLECTIVES, Collective, Communicator, collective
-from moptrace.core import Program
+from moptrace.core import Level, Program
 from moptrace.placement import Layout
+from moptrace.recompute import Region, recomputed, with_regions
 from moptrace.rings import Journey, Ring, Seat, drive_together, ring, ring_backward
 
 __all__ = ["simulate"]
@@ -42,46 +43,56 @@ def simulate(
     ranks = [Communicator(layout, rank) for rank in range(layout.world_size)]
     for rank in ranks:
         rank.seed, rank.step = seed, step
+    graphs = [own.graph for own in programs]
+    if programs[0].level == Level.LOCAL:  # autograd differentiates it
+        graphs = [with_regions(graphs[0])] * len(ranks)
+    given = [{**p.constants, **own} for p, own in zip(programs, arguments, strict=True)]
+    return [list(results) for results in _run(graphs, given, ranks)]
+
+
+def _run(
+    graphs: Sequence[fx.Graph],
+    arguments: Sequence[Mapping[str, Any]],
+    ranks: Sequence[Communicator],
+) -> list[tuple[Any, ...]]:
+    """Each rank's results of its graph; ``arguments`` are its placeholders and constants."""
     values: dict[fx.Node, list[Any]] = {}
-    remaining = {node: len(node.users) for node in programs[0].graph.nodes}
+    remaining = {node: len(node.users) for node in graphs[0].nodes}
     first = [
-        dict(zip(own.graph.nodes, programs[0].graph.nodes, strict=True)) for own in programs
+        dict(zip(own.nodes, graphs[0].nodes, strict=True)) for own in graphs
     ]  # the nodes of every rank's graph, and those of the first that they stand for
-    for nodes in zip(*(own.graph.nodes for own in programs), strict=True):
+    for nodes in zip(*(own.nodes for own in graphs), strict=True):
         node = nodes[0]
-        if node.op != "get_attr":  # whose names depend on how many constants came before
-            assert all(own.target == node.target for own in nodes), "the ranks' programs differ"
+        if node.op in ("placeholder", "get_attr"):
+            values[node] = [own[str(n.target)] for n, own in zip(nodes, arguments, strict=True)]
+            continue
+        assert all(own.target == node.target for own in nodes), "the ranks' programs differ"
         args = [
             map_arg((own.args, own.kwargs), lambda n, r=r: values[first[r][n]][r])
             for r, own in enumerate(nodes)
         ]
-        values[node] = _visit(programs, nodes, args, arguments, ranks)
+        values[node] = _visit(node, args, ranks)
         for used in node.all_input_nodes:
             remaining[used] -= 1
             if not remaining[used]:
                 del values[used]
         if node.op == "output":
-            return [list(results) for results in values[node]]
+            return values[node]
     raise AssertionError("the graph has no output")
 
 
 def _visit(
-    programs: Sequence[Program],
-    nodes: Sequence[fx.Node],
+    node: fx.Node,
     args: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
-    arguments: Sequence[Mapping[str, Tensor]],
     ranks: Sequence[Communicator],
 ) -> list[Any]:
-    node, layout = nodes[0], programs[0].layout
-    if node.op == "placeholder":
-        return [own[node.name] for own in arguments]
-    if node.op == "get_attr":
-        return [p.constants[str(n.target)] for p, n in zip(programs, nodes, strict=True)]
     if node.op == "output":
         return [own[0][0] for own in args]
+    if isinstance(node.target, Region):
+        return _again(node.target, [own[0] for own in args], ranks)
     row = collective(node.target)
     if row is not None:
-        return _together(row, [own[0] for own in args], layout)
+        return _together(row, [own[0] for own in args], ranks[0].layout)
     if (round_trip := ring(node.target)) is not None:
         return _around(round_trip, [own[0] for own in args], ranks)
     if (round_trip := ring_backward(node.target)) is not None:
@@ -93,9 +104,8 @@ def _visit(
     return results
 
 
-def _together(row: Collective, args: list[tuple[Any, ...]], layout: Layout | None) -> list[Any]:
+def _together(row: Collective, args: list[tuple[Any, ...]], layout: Layout) -> list[Any]:
     """Run a collective for each of its groups."""
-    assert layout is not None
     axis = next(x for x in args[0] if isinstance(x, str))
     results: list[Any] = [None] * len(args)
     for group in layout.view_of(axis).groups(axis):
@@ -169,6 +179,23 @@ def _back_around(
         for r, found in zip(group, drive_together(journeys), strict=True):
             results[r] = row.found(found)
     return results
+
+
+def _again(
+    region: Region, args: list[tuple[Any, ...]], ranks: Sequence[Communicator]
+) -> list[tuple[Any, ...]]:
+    """Run a region, once more in backward."""
+    count = len(args[0])
+
+    def run(*operands: Any) -> tuple[Any, ...]:
+        names = [node.name for node in region.graph.find_nodes(op="placeholder")]
+        parts = [operands[r * count : (r + 1) * count] for r in range(len(ranks))]
+        given = [dict(zip(names, own, strict=True)) for own in parts]
+        return tuple(x for own in _run([region.graph] * len(ranks), given, ranks) for x in own)
+
+    outs = recomputed(run, [x for own in args for x in own])
+    each = len(outs) // len(ranks)
+    return [outs[r * each : (r + 1) * each] for r in range(len(ranks))]
 
 
 class _RingInLockStep(torch.autograd.Function):

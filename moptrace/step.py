@@ -17,6 +17,7 @@ from moptrace.parallel import ParallelModule
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
 from moptrace.passes.clip_gradients import NORM, clip_gradients
 from moptrace.passes.differentiate import differentiate
+from moptrace.passes.recompute import recompute
 from moptrace.passes.shard_parameters import batch_sizes, is_split
 
 __all__ = ["Stepper", "TrainStep", "train_step"]
@@ -36,7 +37,7 @@ def train_step(
     parameters that treats every element alike. Gradients are scaled down to a global norm of
     ``max_norm``, the norm that the unsharded model has; None leaves them. With ``accumulate``
     micro-batches to a step, the loss is the mean over all their tokens. ``schedule`` is a pass, or
-    a chain of passes, over the finished step, such as ``passes.regather``.
+    a chain of passes, over the finished step, such as ``passes.recompute.regather``.
 
         step = moptrace.train_step(model, optimizer, max_norm=1.0)
         loss = step(input_ids=ids, labels=labels)
@@ -186,7 +187,10 @@ class Stepper:
 
     def _with_gradients(self, local: Program, device: torch.device | str) -> Program:
         trained = [name for name, p in self._parameters.items() if p.requires_grad]
-        passes = [differentiate(trained, self.micro_batches, rank=self.rank, device=device)]
+        passes = [
+            differentiate(trained, self.micro_batches, rank=self.rank, device=device),
+            recompute(),
+        ]
         if self.max_norm is not None:
             passes.append(clip_gradients(self.max_norm))
         return chain(*passes)(local)

@@ -481,7 +481,8 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
 
     Every ``ep``, every ``cp * tp`` that divides the length, each way to attend, the vocabulary over
     all ranks or some, dense weights copied or not, experts alike or sharded over ``edp``, the loss
-    from whole logits or from blocks of them, embeddings gathered or looked up where their rows are.
+    from whole logits or from blocks of them, embeddings gathered or looked up where their rows are,
+    tokens sent to their experts at once or in chunks, kept for backward or not.
     """
     st = _hypothesis()
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
@@ -505,6 +506,9 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
         edp=st.sampled_from(["shard", "replicate"]),
         logits_bytes=st.sampled_from([0, Plan.logits_bytes]),
         embedding_bytes=st.sampled_from([0, Plan.embedding_bytes]),
+        expert_tokens=st.sampled_from([None, 17, 40]),
+        expert_chunks=st.sampled_from(["strided", "contiguous"]),
+        recompute_experts=st.sampled_from([None, True, False]),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from moptrace.core import Pass, chain
 from moptrace.passes.bucket_gathers import bucket_gathers
 from moptrace.passes.causal_convolutions import causal_convolutions
+from moptrace.passes.chunk_experts import chunk_experts
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
@@ -71,6 +72,7 @@ def sharded(
         place(),
         report_replicated_tokens(asked=plan.context == "gather"),
         localize(),
+        chunk_experts(plan.expert_tokens, plan.expert_chunks, bool(plan.recompute_experts)),
         bucket_gathers(),
         fuse_experts(),
         name="sharded",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 
 from moptrace import roles, state
 from moptrace.collectives import Communicator, collective
-from moptrace.core import Level, Output, Pass, Program, Signature
+from moptrace.core import Level, Output, Pass, Program, Signature, ancestors
 from moptrace.errors import StepError
 from moptrace.joint import Tape, record, wrap_draws
 from moptrace.random import draw
+from moptrace.roles import Role
 from moptrace.trace import OutputIndex
 
 __all__ = ["differentiate"]
@@ -182,7 +183,7 @@ class _Forward:
         sums: list[Tensor | None] = [None] * len(wanted)
         for number in range(self.micro_batches):
             outputs = self._outputs(tape, values, number, totals)
-            tape.work_on(replace(roles.role(self.program.loss), backward=True))
+            tape.work_on(_of_backward(roles.role(self.program.loss)))
             loss = outputs[self.signature.loss]
             if self.micro_batches > 1:
                 loss = loss / self.micro_batches
@@ -220,7 +221,7 @@ class _Forward:
     def _totals(self, tape: Tape, values: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
         """The numbers by which losses are divided, added up over the micro-batches."""
         totals: dict[fx.Node, Tensor] = {}
-        needed = _ancestors(self.counts.values())
+        needed = ancestors(self.counts.values())
         for number in range(self.micro_batches if needed else 0):
             run = _Run(self, values, number)
             for node in self.program.nodes:
@@ -253,7 +254,7 @@ class _Run:
             self.values[node] = self.given[str(node.target)]
         else:
             self.values[node] = result = self._call(tape, node)
-            tape.follow(result, replace(role, backward=True))
+            tape.follow(result, _of_backward(role))
 
     def _call(self, tape: Tape, node: fx.Node) -> Any:
         target: Any = node.target
@@ -282,21 +283,14 @@ class _Run:
         return result
 
 
+def _of_backward(role: Role) -> Role:
+    return replace(role, backward=True, recompute="")
+
+
 def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return other if one is None else one
     return one + other
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    left = list(nodes)
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += node.all_input_nodes
-    return found
 
 
 _DIVISIONS = (aten.div.Tensor, aten.true_divide.Tensor)

@@ -30,7 +30,7 @@ from moptrace.reshard import cast_whole, reshard, route
 from moptrace.rings import RINGS
 from moptrace.rules import Rule, argument, operands
 
-__all__ = ["local_shape", "localize"]
+__all__ = ["SIZE_ARGUMENT", "local_shape", "localize"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -72,7 +72,7 @@ def _local_size(size: int, dim: int, placement: Placement, layout: Layout) -> in
 
 
 # Operators that are told the size of their result, and which argument says it.
-_SIZE_ARGUMENT = {
+SIZE_ARGUMENT = {
     **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view, aten.expand), 1),
     **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty), 1),
     **dict.fromkeys((aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn), 0),
@@ -142,7 +142,7 @@ class _Localizer:
             new.update_arg(1, lengths[0] if packet is aten.split else lengths)
         if packet in (aten.view, aten._unsafe_view):
             new.target = aten.reshape.default  # a part of a value may lie otherwise in memory
-        at = _SIZE_ARGUMENT.get(packet)
+        at = SIZE_ARGUMENT.get(packet)
         placement = roles.placement(node)
         if packet is aten.squeeze:  # a split dimension may have become 1 as well
             whole = roles.tensor(node.all_input_nodes[0]).shape

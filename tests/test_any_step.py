@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from _report import record_examples
 from moptrace import trace
 from moptrace.passes.default import canonical, sharded
-from moptrace.passes.regather import regather
+from moptrace.passes.recompute import regather
 from moptrace.testing import SimulatedSteps, batches, model_specs, plans, whole_state
 from test_train_step import OPTIMIZERS, Eager, all_of, assert_same_steps
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import models
+import subjects
 from double import InFloat64
 from gloo import Ranks
 from moptrace import Plan, Program, errors, roles, trace
@@ -30,6 +31,7 @@ from moptrace.testing import (
     simulated_step,
     whole_state,
 )
+from sweeps import sweep
 
 LENGTH, SIZE = 8, 4
 PLANS = (
@@ -42,21 +44,8 @@ PLANS = (
 )
 
 
-def batch(seed: int, size: int = SIZE) -> dict[str, Tensor]:
-    fed = models.batch(seed, size=size, length=LENGTH)
-    fed["labels"][0, 2:] = -100  # of the first sequence, the later ranks have no label
-    return fed
-
-
-@cache
-def subject(name: str) -> tuple[nn.Module, Program]:
-    if name in models.FAMILIES:
-        model, traced = models.build(f"{name}, eager"), models.build(f"{name}, grouped_mm")
-        traced.load_state_dict(model.state_dict())
-    else:
-        model = traced = models.build(name)
-    with InFloat64():
-        return model, canonical()(trace(traced, batch(0, size=12)))
+batch = partial(subjects.batch, size=SIZE, length=LENGTH)
+subject = partial(subjects.subject, length=LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -491,35 +480,14 @@ def test_linear_attention_gathers_its_tokens() -> None:
 # --- real ranks, and bad input --------------------------------------------------------------------
 
 
-def on_a_rank(
-    name: str, state: dict[str, Tensor], plan: Plan, fed: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from moptrace import parallelize
-
-    model = models.build(name)
-    model.load_state_dict(state)
-    ranks = dist.get_world_size()
-    parts = plan.cp * plan.tp
-    example = {k: v[: len(v) * parts // ranks, : v.shape[1] // parts] for k, v in fed.items()}
-    with InFloat64():
-        mesh = init_device_mesh("cpu", (ranks,))
-        parallel = parallelize(model, mesh, plan, batch=example)
-        loss, _ = parallel(**parallel.local_batch(fed))
-        loss.backward()
-        found = parallel.full_gradients()
-    return loss.detach(), {n: g for n, g in found.items() if g is not None}
-
-
-@pytest.mark.parametrize("how", ["ulysses", "ring"])
+@pytest.mark.parametrize("how", sweep(["ulysses", "ring"], quick=["ulysses"]))
 def test_real_ranks_compute_the_same_step(ranks: Callable[[int], Ranks], how: str) -> None:
     model, _ = subject("LoopWhere")
     fed = batch(1, size=12)
     want = eager_step(model, fed)
     plan = Plan(ep=2, cp=2, context=how, logits_bytes=0)
-    for loss, gradients in ranks(4)(on_a_rank, "LoopWhere", model.state_dict(), plan, fed):
+    given = "LoopWhere", model.state_dict(), plan, fed
+    for loss, gradients in ranks(4)(subjects.step_on_a_rank, *given):
         assert_same_step(Step(loss, gradients, {}), want)
 
 

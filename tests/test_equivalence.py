@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from moptrace.testing import (
     simulated_step,
     whole_state,
 )
+from sweeps import sweep
 
 LENGTH = 12  # of a sequence: cp * tp may be any divisor
 PLANS_PER_MODEL = 6  # a model is traced once and run under several plans
@@ -188,8 +190,11 @@ def test_every_mesh_and_expert_split_computes_the_same_step(name: str) -> None:
         record_examples()
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-@pytest.mark.parametrize("name", models.FAMILIES)
+IMPLEMENTATIONS = list(product(models.FAMILIES, ("eager", "batched_mm")))
+QUICK = [(n, ("eager", "batched_mm")[at % 2]) for at, n in enumerate(models.FAMILIES)]
+
+
+@pytest.mark.parametrize(("name", "implementation"), sweep(IMPLEMENTATIONS, QUICK))
 def test_however_transformers_computes_experts(name: str, implementation: str) -> None:
     it = subject(name, implementation)
     have = simulated_step(it.local(4, 2, "shard"), whole_state(it.model), it.batch)
@@ -205,7 +210,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, quick=("gpt_oss", "LoopWhere")))
 def test_three_steps_of_an_optimizer_give_the_same_weights(name: str) -> None:
     it = subject(name)
     steps = [uneven_batch(seed) for seed in (1, 2, 3)]

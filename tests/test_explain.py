@@ -32,6 +32,7 @@ from moptrace.rings import Exchange, Start, drive_together
 from moptrace.roles import Component
 from moptrace.testing import ModelSpec, SimulatedRanks, dtypes_of, whole_state
 from moptrace.trace import trace
+from sweeps import sweep
 from test_tensor_parallel import batch as tokens
 from test_tensor_parallel import subject
 from tiny_mixtral import CHOSEN, EXPERTS, HIDDEN, VOCABULARY, WIDTH, TinyMixtral
@@ -264,13 +265,14 @@ PLANS = (
     (4, Plan(dp_replicate=2, ep=2, edp="replicate")),
     (4, Plan(vp=2, ep=2, logits_bytes=0)),
     (4, Plan(ep=1, logits_bytes=0)),
+    (4, Plan(ep=2, expert_tokens=5)),
+    (4, Plan(ep=4, recompute_experts=True)),
 )
 
 
 @pytest.mark.parametrize(("world", "plan"), PLANS, ids=str)
 @pytest.mark.parametrize(
-    "name",
-    ["qwen3_moe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("deepseek_v3", "LoopWhere"))],
+    "name", sweep(["qwen3_moe", "deepseek_v3", "LoopWhere"], quick=["qwen3_moe"])
 )
 def test_bytes_are_those_of_a_step_under_every_kind_of_plan(
     name: str, world: int, plan: Plan, meter: Meter

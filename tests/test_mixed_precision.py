@@ -41,7 +41,7 @@ PLANS = (
     (4, Plan(cp=2, ep=2)),
     (4, Plan(cp=2, ep=2, context="ring")),
     (4, Plan(vp=2, ep=1, logits_bytes=0, embedding_bytes=0)),
-    (4, Plan(dp_replicate=2, ep=4)),
+    (4, Plan(dp_replicate=2, ep=4, expert_tokens=12)),
     (8, Plan(tp=2, cp=2, dp_replicate=2, ep=4, vp=2, context="ring", logits_bytes=0)),
 )
 every_plan = pytest.mark.parametrize(("ranks", "plan"), PLANS, ids=str)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from moptrace.testing import (
     eager_step,
     whole_state,
 )
+from sweeps import sweep
 
 Pools = Callable[[int], Ranks]
 
@@ -143,8 +145,10 @@ def on_rank_every_split(name: str) -> None:
             assert_same_step(step_of(wrapped, name, batch), want)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    sweep(product(NAMES, (2, 4)), [(name, (2, 4)[at % 2]) for at, name in enumerate(NAMES)]),
+)
 def test_real_ranks_compute_the_same_loss_and_gradients(
     name: str, world_size: int, ranks: Pools
 ) -> None:

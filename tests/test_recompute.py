@@ -1,7 +1,8 @@
-"""Parameters that backward gathers again: the same bits, and less memory between."""
+"""What backward gathers or computes again: the same bits, and less memory between."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from moptrace import Plan, Program, roles, trace
 from moptrace.liveness import peak_memory
 from moptrace.passes.default import canonical, sharded
-from moptrace.passes.regather import regather
+from moptrace.passes.recompute import regather
 from moptrace.testing import ModelSpec, SimulatedSteps, whole_state
 
 ops = torch.ops.moptrace
@@ -21,6 +22,8 @@ SPEC = ModelSpec(
     layers=("moe", "moe", "moe"), width=16, hidden=64, vocabulary=16, experts=4, style="canonical"
 )
 
+PLAN = Plan(ep=2)
+
 
 def batch_of(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -29,16 +32,16 @@ def batch_of(seed: int) -> dict[str, Tensor]:
 
 
 @cache
-def local() -> Program:
-    return sharded(Plan(ep=2), 4)(canonical()(trace(SPEC.build(), batch_of(9))))
+def local(plan: Plan = PLAN) -> Program:
+    return sharded(plan, 4)(canonical()(trace(SPEC.build(), batch_of(9))))
 
 
-def steps(schedule: object = None, accumulate: int = 1) -> SimulatedSteps:
+def steps(schedule: object = None, accumulate: int = 1, plan: Plan = PLAN) -> SimulatedSteps:
     def make(named: dict[str, Tensor]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(named.values(), lr=0.01)
 
     state = whole_state(SPEC.build())
-    return SimulatedSteps(local(), state, make, 1.0, accumulate, schedule)  # type: ignore[arg-type]
+    return SimulatedSteps(local(plan), state, make, 1.0, accumulate, schedule)  # type: ignore[arg-type]
 
 
 def gathers(program: Program, backward: bool) -> list[int]:
@@ -52,7 +55,10 @@ def gathers(program: Program, backward: bool) -> list[int]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_step_is_bitwise_the_same(accumulate: int) -> None:
-    plain, again = steps(None, accumulate), steps(regather(), accumulate)
+    assert_same_bits(steps(None, accumulate), steps(regather(), accumulate), accumulate)
+
+
+def assert_same_bits(plain: SimulatedSteps, again: SimulatedSteps, accumulate: int) -> None:
     for number in range(2):
         fed = [batch_of(accumulate * number + i) for i in range(accumulate)]
         for have, want in zip(again.step(*fed), plain.step(*fed), strict=True):
@@ -93,3 +99,36 @@ def test_every_expert_weight_is_gathered_twice() -> None:
     sources = [n.all_input_nodes[0] for n in program.nodes if n.target is ops.all_gather.default]
     gathered = [x.name for x in sources if x.name in names]
     assert len(set(gathered)) == 9 and all(gathered.count(name) == 2 for name in gathered)
+
+
+# --- regions --------------------------------------------------------------------------------------
+
+KEPT = replace(PLAN, expert_tokens=2, recompute_experts=False)
+AGAIN = replace(PLAN, expert_tokens=2, recompute_experts=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_regions_computed_again_give_the_same_bits(accumulate: int) -> None:
+    plain, again = steps(None, accumulate, KEPT), steps(regather(), accumulate, AGAIN)
+    assert_same_bits(plain, again, accumulate)
+
+
+def test_backward_sends_the_rows_of_regions_again() -> None:
+    def sent(program: Program, backward: bool) -> int:
+        """How often rows go to experts; of the backward, the transposes of returns are apart."""
+        sends = [n for n in program.nodes if n.target is ops.send_rows.default]
+        return len([n for n in sends if roles.role(n).backward == backward])
+
+    kept, again = (steps(plan=plan).programs[0] for plan in (KEPT, AGAIN))
+    assert (
+        sent(kept, backward=False) == sent(again, backward=False) == 6
+    )  # two chunks, three layers
+    assert sent(again, backward=True) - sent(kept, backward=True) == 6
+    assert not any(roles.role(n).recompute for n in again.nodes if roles.role(n).backward)
+
+
+def test_the_peak_is_lower_with_regions() -> None:
+    plain, again = (steps(plan=plan) for plan in (KEPT, AGAIN))
+    program = local(AGAIN)
+    assert any(roles.role(node).recompute for node in program.nodes)
+    assert peak_memory(again.programs[0]).bytes < peak_memory(plain.programs[0]).bytes

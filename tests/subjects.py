@@ -1,0 +1,59 @@
+"""Models that many tests put on many ranks: their canonical programs, traced once, and batches."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torch import Tensor, nn
+
+import models
+from double import InFloat64
+from moptrace import Plan, Program, trace
+from moptrace.passes.default import canonical
+
+__all__ = ["batch", "step_on_a_rank", "subject"]
+
+
+def batch(seed: int, size: int = 12, length: int = 12) -> dict[str, Tensor]:
+    """A global batch, whose first sequence has no label for the later ranks that share it."""
+    fed = models.batch(seed, size=size, length=length)
+    fed["labels"][0, 2:] = -100
+    return fed
+
+
+@cache
+def subject(name: str, length: int = 12) -> tuple[nn.Module, Program]:
+    """A model and its canonical program, traced on a batch of 12 sequences.
+
+    The reference of a Hugging Face model computes its experts in an eager loop.
+    """
+    if name in models.FAMILIES:
+        model, traced = models.build(f"{name}, eager"), models.build(f"{name}, grouped_mm")
+        traced.load_state_dict(model.state_dict())
+    else:
+        model = traced = models.build(name)
+    with InFloat64():
+        return model, canonical()(trace(traced, batch(0, length=length)))
+
+
+def step_on_a_rank(
+    name: str, state: dict[str, Tensor], plan: Plan, fed: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """On one of the real ranks: the loss and all gradients of a global batch."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from moptrace import parallelize
+
+    model = models.build(name)
+    model.load_state_dict(state)
+    ranks = dist.get_world_size()
+    parts = plan.cp * plan.tp
+    example = {k: v[: len(v) * parts // ranks, : v.shape[1] // parts] for k, v in fed.items()}
+    with InFloat64():
+        mesh = init_device_mesh("cpu", (ranks,))
+        parallel = parallelize(model, mesh, plan, batch=example)
+        loss, _ = parallel(**parallel.local_batch(fed))
+        loss.backward()
+        found = parallel.full_gradients()
+    return loss.detach(), {n: g for n, g in found.items() if g is not None}

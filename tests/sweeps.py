@@ -1,0 +1,20 @@
+"""Sweeps of which ``make test`` runs some cases and ``make test-all`` every one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def sweep(every: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """The cases as parameters, a tuple for several; those not in ``quick`` are marked slow."""
+    cases = list(every)
+    unknown = [case for case in quick if case not in cases]
+    assert not unknown, f"not among the cases: {unknown}"
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        pytest.param(*own, marks=() if case in quick else pytest.mark.slow)
+        for case, own in zip(cases, values, strict=True)
+    ]
