@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -34,6 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from peaks import Measured, measured
 from report import command, device, markdown, versions
 
 RANKS = 4
@@ -51,15 +50,6 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.tokens:,} tokens a rank, width {self.width:,}, {self.words:,} words"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One run: the loss, the peak memory of a process in bytes, and the seconds of the step."""
-
-    loss: float
-    bytes: int
-    seconds: float
 
 
 class Projection(nn.Module):
@@ -85,26 +75,6 @@ def tokens(shape: Shape) -> dict[str, Tensor]:
     hidden = torch.randn(1, shape.tokens, shape.width, generator=generator)
     labels = torch.randint(shape.words, (1, shape.tokens), generator=generator)
     return {"hidden": hidden, "labels": labels}
-
-
-def peak() -> int:
-    """The most memory that this process has taken since ``forget_peak``."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None, "this benchmark reads VmHWM, which Linux has"
-    return int(found[1]) * 1024
-
-
-def forget_peak() -> int:
-    """Start to measure; returns the memory that is in use."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
-
-
-def measured(step: Callable[[], Tensor]) -> Measured:
-    """One step: forward and backward."""
-    before, started = forget_peak(), time.perf_counter()
-    loss = step()
-    return Measured(loss.item(), peak() - before, time.perf_counter() - started)
 
 
 # --- the two ways ---------------------------------------------------------------------------------

@@ -70,7 +70,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """A graph input that is a buffer of the user's model."""
+    """A graph input that is a buffer of the user's model, or one that a pass ``added``.
+
+    An added buffer starts at zero.
+    """
 
     name: str
     fqn: str
@@ -78,6 +81,7 @@ class Buffer:
     dtype: torch.dtype
     persistent: bool = True
     aliases: tuple[str, ...] = ()
+    added: bool = False
 
 
 @dataclass(frozen=True, slots=True)

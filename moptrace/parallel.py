@@ -103,8 +103,11 @@ class ParallelModule(nn.Module):
         for parameter in self._canonical.signature.parameters:
             value = state.stack(parameter, whole).detach()
             self._attach(parameter, self._shard(value, parameter))
-        for buffer in self._canonical.signature.buffers:
-            value = buffers[buffer.fqn].detach()
+        for buffer in self._program.signature.buffers:
+            if buffer.added:
+                value = torch.zeros(buffer.shape, dtype=buffer.dtype)
+            else:
+                value = buffers[buffer.fqn].detach()
             device = value.device if value.is_meta else self._device
             value = value.to(device, copy=True)
             for name in (buffer.fqn, *buffer.aliases):

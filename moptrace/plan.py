@@ -43,6 +43,7 @@ class Plan:
     does. ``expert_chunks`` says which tokens a chunk has, ``"strided"`` or ``"contiguous"``.
     ``recompute_experts``: backward sends and computes each chunk's rows again instead of keeping
     them; by default where there are several chunks.
+    ``count_tokens``: count each expert's tokens in a buffer of the model, ``tokens_per_expert``.
     ``pp`` and ``etp`` (pipeline, expert tensor parallel) are 1: larger sizes are refused until
     their passes exist.
 
@@ -66,6 +67,7 @@ class Plan:
     expert_tokens: int | None = None
     expert_chunks: str = "strided"
     recompute_experts: bool | None = None
+    count_tokens: bool = False
 
     def __str__(self) -> str:
         """The fields that are not the default.

@@ -186,7 +186,9 @@ class SimulatedRanks:
                 stored = placement.expressed_in(program.layout.storage)
                 self._held[node.name] = stored or placement
         wholes = {p.name: state.stack(p, whole) for p in self.signature.parameters}
-        wholes |= {b.name: whole[b.fqn] for b in self.signature.buffers}
+        for buffer in self.signature.buffers:
+            new = torch.zeros(buffer.shape, dtype=buffer.dtype) if buffer.added else None
+            wholes[buffer.name] = whole[buffer.fqn] if new is None else new
         self.ranks = [self._parts(wholes, rank) for rank in range(program.layout.world_size)]
         for own in self.ranks:
             for parameter in self.signature.parameters:
@@ -407,6 +409,7 @@ def _agreed(values: list[Tensor], what: str) -> Tensor:
 def assert_same_step(have: Step, want: Step, tolerance: float | None = None) -> None:
     """Compare loss, every gradient and every updated buffer; AssertionError names the worst.
 
+    Buffers that a pass added are no part of the model: ``want`` lacks them.
     Differences are relative to the largest element of the wanted tensor, or to 1e-3 of the largest
     gradient where a gradient is (nearly) zero.
     """
@@ -416,8 +419,9 @@ def assert_same_step(have: Step, want: Step, tolerance: float | None = None) -> 
     for name, gradient in want.gradients.items():
         assert name in have.gradients, f"{name} has no gradient"
         faults.append(_difference(f"gradient of {name}", have.gradients[name], gradient, largest))
-    for name, buffer in have.buffers.items():
-        faults.append(_difference(f"buffer {name}", buffer, want.buffers[name], 0.0))
+    for name in have.buffers.keys() & want.buffers.keys():
+        difference = _difference(f"buffer {name}", have.buffers[name], want.buffers[name], 0.0)
+        faults.append(difference)
     _report(faults, limit)
 
 

@@ -240,13 +240,19 @@ class _Update:
                 )
 
     def _check_constants(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        changed = sorted(key for key in after if before.get(key) != after[key])
+        changed = sorted(key for key, x in after.items() if _differ(before.get(key), x))
         if changed:
             raise StepError(
                 f"{self.kind}.step changes Python values ({', '.join(changed)}), which a graph "
                 "holds as constants. Keep them in the state as tensors: "
                 "state['step'] = torch.tensor(0.0), and state['step'] += 1."
             )
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):  # traced: not to be compared by value
+        return one is not other
+    return one != other
 
 
 def _plain_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
@@ -259,7 +265,7 @@ def _constants(optimizer: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for group in optimizer.param_groups:
         for key, x in group.items():
-            if key not in ("params", "lr"):
+            if key not in ("params", "lr", "initial_lr"):  # the last is a scheduler's
                 found[f"group[{key!r}]"] = x
     for held in optimizer.state.values():
         for key, x in held.items():

@@ -107,7 +107,7 @@ class _Layer:
 
     @cached_property
     def nodes(self) -> dict[fx.Node, None]:
-        """What follows from the dispatch and leads to one of its combines, in order."""
+        """The counts, and what leads from the dispatch to one of its combines, in order."""
         follows = {self.dispatch: None}
         combines: list[fx.Node] = []
         node = self.dispatch
@@ -116,7 +116,7 @@ class _Layer:
                 follows[node] = None
                 if _ends(node) and node.args[1] in self.results_of_dispatch(2):
                     combines.append(node)
-        needed = ancestors(combines)
+        needed = ancestors([*combines, *self.results_of_dispatch(1)])
         return {node: None for node in follows if node in needed}
 
     def results_of_dispatch(self, number: int) -> list[fx.Node]:

@@ -12,6 +12,7 @@ from moptrace.passes.causal_convolutions import causal_convolutions
 from moptrace.passes.chunk_experts import chunk_experts
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
+from moptrace.passes.count_tokens import count_tokens
 from moptrace.passes.fuse_embedding import fuse_embedding
 from moptrace.passes.fuse_experts import fuse_experts
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
@@ -60,6 +61,7 @@ def sharded(
     layout, policy = plan.layout(world_size), plan.mixed_precision
     return chain(
         compute_routers(policy.router_dtype),
+        *([count_tokens()] if plan.count_tokens else []),
         tensor_parallel(layout),
         context_parallel(layout, plan.context),
         causal_convolutions(layout),

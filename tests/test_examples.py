@@ -68,3 +68,16 @@ def test_4_torchrun_hugging_face_goes_on_from_its_checkpoint() -> None:
     trained = re.findall(r"step [34]  loss \S+", before)
     assert len(trained) == 2
     assert trained == re.findall(r"step [34]  loss \S+", after)
+
+
+def test_train_goes_on_where_it_ended(tmp_path: Path) -> None:
+    def steps(number: int, *options: str) -> list[str]:
+        sizes = {"warmup": 2, "sequences": 4, "length": 32, "layers": 1, "hidden": 64, "experts": 4}
+        small = [f"--{name}={size}" for name, size in sizes.items()]
+        ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+        shown = run(*ranks, "train.py", f"--steps={number}", *small, *options)
+        return re.findall(r"^step +\d+  loss \S+  norm \S+  lr \S+", shown, re.MULTILINE)
+
+    steps(2, f"--save={tmp_path}", "--expert-tokens=40")
+    assert len(again := steps(4, f"--save={tmp_path}", "--expert-tokens=40")) == 2
+    assert again == steps(4)[2:]

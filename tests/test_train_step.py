@@ -195,8 +195,15 @@ def test_groups_keep_their_own_options() -> None:
     assert_same_steps(simulated, Eager(model, grouped, 0.5), [batch_of(i) for i in range(4)])
 
 
-def test_a_scheduler_changes_the_learning_rate_without_a_trace() -> None:
-    model, make = SMALL.build(), all_of(ADAMW)
+@pytest.mark.parametrize("is_tensor", [False, True])
+def test_a_scheduler_changes_the_learning_rate_without_a_trace(is_tensor: bool) -> None:
+    """Of a tensor, a scheduler keeps a copy in the group."""
+
+    def make(named: dict[str, Tensor]) -> torch.optim.Optimizer:
+        lr = torch.tensor(0.01, dtype=torch.float64) if is_tensor else 0.01
+        return torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.1)
+
+    model = SMALL.build()
     simulated = SimulatedSteps(local_program(SMALL, 4, ep=2), whole_state(model), make)
     eager = Eager(model, make)
     warm_up = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda n: (n + 1) / 10)
