@@ -9,6 +9,7 @@ from moptrace.core import chain as chain
 from moptrace.parallel import ParallelModule as ParallelModule
 from moptrace.placement import Layout as Layout
 from moptrace.plan import Plan as Plan
+from moptrace.precision import MixedPrecisionPolicy as MixedPrecisionPolicy
 from moptrace.step import train_step as train_step
 from moptrace.trace import trace as trace
 

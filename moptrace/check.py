@@ -35,7 +35,7 @@ from moptrace.placement import (
     parse_kind,
 )
 from moptrace.random import draw
-from moptrace.reshard import constrain, reshard, route
+from moptrace.reshard import cast_whole, constrain, reshard, route
 from moptrace.rings import RINGS
 from moptrace.rules import Rule, operands
 
@@ -129,7 +129,7 @@ _SIDES: dict[Level, Callable[[Any], bool]] = {
     Level.CAPTURED: lambda target: collective(target) is None and target not in (reshard, route),
     Level.CANONICAL: lambda target: collective(target) is None and target not in (reshard, route),
     Level.PLACED: lambda target: collective(target) is None and target is not constrain,
-    Level.LOCAL: lambda target: target not in (constrain, reshard, route),
+    Level.LOCAL: lambda target: target not in (cast_whole, constrain, reshard, route),
 }
 
 

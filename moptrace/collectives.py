@@ -11,6 +11,8 @@ collective            from -> to              transpose             meaning
 all_gather            shard -> replicate      reduce_scatter        concatenate
 all_gather_invariant  shard -> invariant      take_shard            concatenate
 reduce_scatter        partial -> shard        all_gather            sum, own slice
+all_gather_cast       shard -> replicate      reduce_scatter_cast   cast, concatenate
+reduce_scatter_cast   partial -> shard        all_gather_cast       cast, sum, own slice
 all_reduce            partial -> replicate    all_reduce            sum
 all_reduce_invariant  partial -> invariant    vary                  sum
 vary                  invariant -> replicate  all_reduce_invariant  nothing
@@ -27,6 +29,9 @@ all_gather_rows       token -> replicate      reduce_scatter_rows   all ranks' r
 reduce_scatter_rows   partial -> token        all_gather_rows       sum, own rows
 exchange_counts       (integers)              none                  counts travel
 ====================  ======================  ====================  =================
+
+A ``_cast`` is the collective after a cast to ``dtype``; its transpose casts to ``back`` first, so
+that a value is gathered in few bytes and its gradient added up in more.
 
 Graphs name an axis, never a process group or a rank, so one graph serves every rank. The groups
 come from the ``Communicator`` that is active when the operator runs, and its backward uses the
@@ -163,6 +168,9 @@ class Collective:
         if self.name == "all_to_all":
             axis, split, split_length, join, join_length = arguments
             return (axis, join, join_length, split, split_length)
+        if self.casts:
+            axis, dim, dtype, back, length = arguments
+            return (axis, dim, back, dtype, length)
         if self.transpose and "int dim" not in COLLECTIVES[self.transpose].schema:
             return arguments if self.moves_rows else arguments[:1]
         return arguments
@@ -176,6 +184,11 @@ class Collective:
         """The arguments, without the size of a result that routing decides."""
         known = self.op._schema.arguments
         return tuple(arguments)[: len(known) - self.moves_rows]
+
+    @property
+    def casts(self) -> bool:
+        """Whether it casts its operand first; ``dtype`` and ``back`` are then arguments."""
+        return "ScalarType dtype" in self.schema
 
 
 # --- meanings: what the ranks of a group hold, before and after -----------------------------------
@@ -428,6 +441,17 @@ def _placed(x: Tensor, sizes: Sequence[int], at: int, dim: int) -> Tensor:
     return torch.cat([zeros(sum(sizes[:at])), x, zeros(sum(sizes[at + 1 :]))], dim)
 
 
+def _cast_first(row: Callable[..., Any], many: bool = False) -> Callable[..., Any]:
+    """The meaning, run or shape of a collective after a cast."""
+
+    def casting(x: Any, *given: Any) -> Any:
+        *others, dtype, _, length = given
+        cast = [part.to(dtype) for part in x] if many else x.to(dtype)
+        return row(cast, *others, length)
+
+    return casting
+
+
 # --- shapes of the results under fake tensors -----------------------------------------------------
 
 
@@ -487,12 +511,25 @@ _ROWS = (
     "(Tensor rows, Tensor counts, Tensor table, str axis, int length, SymInt? size=None) -> Tensor"
 )
 _WHOLE_ROWS = "(Tensor rows, Tensor table, str axis, SymInt? size=None) -> Tensor"
+_CAST = "(Tensor x, str axis, int dim, ScalarType dtype, ScalarType back, int length) -> Tensor"
 _SWAP = "(Tensor x, str axis, int split, int split_length, int join, int join_length) -> Tensor"
 _COUNTS = "(Tensor counts, str axis, int length) -> Tensor"
 
 # What the collectives of one meaning share: schema, meaning, run and shape.
 _GATHER = (_SLICED, _concatenate, _run_gather, _shape_whole)
 _SCATTER = (_SLICED, _sum_and_split, _run_reduce_scatter, _shape_slice)
+_GATHER_CAST = (
+    _CAST,
+    _cast_first(_concatenate, many=True),
+    _cast_first(_run_gather),
+    _cast_first(_shape_whole),
+)
+_SCATTER_CAST = (
+    _CAST,
+    _cast_first(_sum_and_split, many=True),
+    _cast_first(_run_reduce_scatter),
+    _cast_first(_shape_slice),
+)
 _REDUCE = (_PLAIN, _sum, _run_reduce, _shape_same)
 _KEEP = (_PLAIN, _nothing, _run_nothing, _shape_same)
 _ONCE = (_PLAIN, _first, _run_first, _shape_same)
@@ -506,6 +543,8 @@ _TABLE = (
     Collective("all_gather", Shard, Replicate, "reduce_scatter", *_GATHER),
     Collective("all_gather_invariant", Shard, Invariant, "take_shard", *_GATHER),
     Collective("reduce_scatter", Partial, Shard, "all_gather", *_SCATTER),
+    Collective("all_gather_cast", Shard, Replicate, "reduce_scatter_cast", *_GATHER_CAST),
+    Collective("reduce_scatter_cast", Partial, Shard, "all_gather_cast", *_SCATTER_CAST),
     Collective("all_reduce", Partial, Replicate, "all_reduce", *_REDUCE),
     Collective("all_reduce_invariant", Partial, Invariant, "vary", *_REDUCE),
     Collective("vary", Invariant, Replicate, "all_reduce_invariant", *_KEEP),
@@ -527,7 +566,7 @@ COLLECTIVES: dict[str, Collective] = {row.name: row for row in _TABLE}
 _CONVERSIONS = {
     (row.source, row.target): row.name
     for row in COLLECTIVES.values()
-    if row.source and (row.source, row.target) != (Rows, Rows)
+    if row.source and (row.source, row.target) != (Rows, Rows) and not row.casts
 }
 
 

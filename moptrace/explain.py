@@ -58,7 +58,7 @@ from moptrace.roles import Component
 
 __all__ = ["Explanation", "Row", "Traffic", "explain"]
 
-ops = torch.ops.moptrace
+aten, ops = torch.ops.aten, torch.ops.moptrace
 
 WIDTH = 118  # of the printed table, on every terminal
 
@@ -269,22 +269,26 @@ class _Reader:
         for one in started:
             kind = _WIRE.get(one.name)
             if kind is not None:
-                sent, expected = self._sent(kind, row, node)
+                sent, expected = self._sent(kind, row, one, node)
                 yield from self._shared(node, kind, sent, expected)
 
-    def _sent(self, kind: str, row: Collective, node: fx.Node) -> tuple[int, bool]:
-        """The bytes that a rank sends for ``node`` or its transpose; True if they are expected."""
+    def _sent(self, kind: str, row: Collective, one: Collective, node: fx.Node) -> tuple[int, bool]:
+        """The bytes that a rank sends for ``node`` or its transpose; True if they are expected.
+
+        ``row`` is the node's collective and ``one`` that or its transpose.
+        """
         operand, axis = node.args[0], _axis(node)
         assert isinstance(operand, fx.Node)
         parts = self.layout.size(axis)
         x, result = roles.tensor(operand), roles.tensor(node)
         if kind in ("all_gather", "reduce_scatter"):
-            dim, length = node.args[2], node.args[3]
+            dim, length = node.args[2], node.args[-1]
             assert isinstance(dim, int) and isinstance(length, int)
             whole = result if row.name in _WIDENING else x
             beside = math.prod(n for d, n in enumerate(whole.shape) if d != dim % whole.dim())
             widest = max(self.layout.sizes(length, axis))
-            return (parts - 1) * widest * beside * whole.element_size(), False
+            moved = result if one is row else x  # where it casts, these differ
+            return (parts - 1) * widest * beside * moved.element_size(), False
         if kind == "all_reduce":
             return math.ceil(2 * (parts - 1) * _bytes(x) / parts), False
         if kind == "exchange_counts":
@@ -317,9 +321,8 @@ class _Reader:
         """A bucket's bytes, divided by the elements of its parameters."""
         packed = node.args[0]
         assert isinstance(packed, fx.Node)
-        if packed.target is ops.vary.default:
-            packed = packed.args[0]
-        assert isinstance(packed, fx.Node)
+        while packed.target in _BEFORE_GATHER:
+            packed = packed.all_input_nodes[0]
         if packed.target is not ops.pack.default:
             yield _Share(self.component.get(node), kind, sent, expected, True)
             return
@@ -380,7 +383,7 @@ class _Reader:
         """
         for user in node.users:
             if user.target is ops.pack.default:
-                return any(_axis(gather) == axis for gather in _after_vary(user))
+                return any(_axis(gather) == axis for gather in _gathers_of(user))
             if collective(user.target) is not None:
                 stays = _axis(user) != axis or user.target is ops.all_to_all.default
                 if not stays or self._is_gathered(user, axis):
@@ -438,6 +441,8 @@ _WIRE = {
     "all_gather": "all_gather",
     "all_gather_invariant": "all_gather",
     "reduce_scatter": "reduce_scatter",
+    "all_gather_cast": "all_gather",
+    "reduce_scatter_cast": "reduce_scatter",
     "all_reduce": "all_reduce",
     "all_reduce_invariant": "all_reduce",
     "all_to_all": "all_to_all",
@@ -449,7 +454,7 @@ _WIRE = {
 }
 _KINDS = tuple(dict.fromkeys((*_WIRE.values(), "ring")))
 _EXPECTS = {"all_to_all": "every id of an embedding is as likely"}
-_WIDENING = ("all_gather", "all_gather_invariant", "place_shard")
+_WIDENING = ("all_gather", "all_gather_cast", "all_gather_invariant", "place_shard")
 
 
 def _components(nodes: Sequence[fx.Node]) -> dict[fx.Node, Component | None]:
@@ -465,10 +470,12 @@ def _components(nodes: Sequence[fx.Node]) -> dict[fx.Node, Component | None]:
     return found
 
 
-def _after_vary(pack: fx.Node) -> Iterator[fx.Node]:
-    """The gathers of a bucket."""
+_BEFORE_GATHER = (aten._to_copy.default, ops.vary.default)  # what a bucket may go through
+
+
+def _gathers_of(pack: fx.Node) -> Iterator[fx.Node]:
     for user in pack.users:
-        yield from _after_vary(user) if user.target is ops.vary.default else (user,)
+        yield from _gathers_of(user) if user.target in _BEFORE_GATHER else (user,)
 
 
 def _components_of_shards(
@@ -477,7 +484,7 @@ def _components_of_shards(
     """A shard in a bucket belongs to the component that uses it when it is unpacked."""
     shards = pack.args[0]
     assert isinstance(shards, (list, tuple))
-    for gather in _after_vary(pack):
+    for gather in _gathers_of(pack):
         for unpack in gather.users:
             for item in unpack.users:
                 shard, position = None, item.args[1] if len(item.args) > 1 else None

@@ -34,6 +34,7 @@ from moptrace.passes.shard_parameters import (
 )
 from moptrace.placement import Layout, Placement, Shard, View
 from moptrace.plan import Plan
+from moptrace.precision import convert
 from moptrace.trace import rebuild, trace
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class ParallelModule(nn.Module):
         seed: int | None = None,
     ):
         super().__init__()
-        self._skeleton = [_skeleton(model)]  # in a list, so that its parameters stay its own
+        skeleton = convert(_skeleton(model), plan.mixed_precision)
+        self._skeleton = [skeleton]  # in a list, so that its parameters stay its own
         self._argument_names = _argument_names(model)
         self._loss_fn = loss_fn
         self._programs: dict[Any, Program] = {}
@@ -85,8 +87,11 @@ class ParallelModule(nn.Module):
         self._communicator = _connect(self.storage_mesh, self.layout, ranks)
         self._communicator.seed = self._agreed_seed(seed)
         self._stored: dict[str, Placement] = {}
+        named = model.named_parameters(remove_duplicate=False)
+        self._masters = {name: parameter.dtype for name, parameter in named}
         self._program = self._sharded(self._canonical)
         self._stored = _stored(self._program)
+        self._programs[self.traced_for(batch)] = self._program
         self._register(model)
 
     # --- parameters and buffers ---
@@ -230,7 +235,7 @@ class ParallelModule(nn.Module):
     def _sharded(self, program: Program) -> Program:
         """The local program; a model that is not being trained keeps its logits."""
         keep = not self.training
-        return sharded(self.plan, self._world, keep_logits=keep, stored=self._stored)(program)
+        return sharded(self.plan, self._world, keep, self._stored, self._masters)(program)
 
     def _capture(self, batch: Mapping[str, Any]) -> Program:
         """Capture the model on the global batch of which ``batch`` is one rank's part."""
@@ -314,7 +319,7 @@ class ParallelModule(nn.Module):
         assert isinstance(held, DTensor)
         stored = self._stored[parameter.name]
         said = (stored.expressed_in(view) for view in self.layout.views)
-        placement = next(p for p in said if p is not None)  # no two axes split one dimension there
+        placement = min((p for p in said if p is not None), key=_splits)  # each dimension once
         whole = held.to_local()
         with self._communicator:
             for axis, kind in zip(placement.view.axes, placement.kinds, strict=True):
@@ -339,13 +344,14 @@ class ParallelModule(nn.Module):
             raise KeyError(f"the state has no {', '.join(missing)}")
         if unknown := [name for name in whole if name not in {*needed, *aliases}]:
             raise ValueError(f"the model has no {', '.join(unknown)}")
-        values = [state.stack(p, whole).to(p.dtype) for p in signature.parameters]
+        values = [state.stack(p, whole) for p in signature.parameters]
         for parameter, value in zip(signature.parameters, values, strict=True):
             held = self.get_parameter(parameter.fqn)
+            part = self._shard(value.to(held.dtype), parameter)
             if held.is_meta:
-                self._attach(parameter, self._shard(value, parameter))
+                self._attach(parameter, part)
             else:
-                held.copy_(self._shard(value, parameter))
+                held.copy_(part)
         for buffer in persistent:
             self.get_buffer(buffer.fqn).copy_(whole[buffer.fqn])
 
@@ -430,6 +436,12 @@ def _global(batch: Mapping[str, Any], ranks: Sequence[int]) -> dict[str, Any]:
         return torch.empty(shape, dtype=x.dtype, device="meta")
 
     return pytree.tree_map(grown, dict(batch))
+
+
+def _splits(placement: Placement) -> int:
+    """How many axes split a tensor so placed."""
+    pairs = zip(placement.view.axes, placement.kinds, strict=True)
+    return sum(isinstance(kind, Shard) and axis.size > 1 for axis, kind in pairs)
 
 
 def _stored(program: Program) -> dict[str, Placement]:

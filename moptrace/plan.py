@@ -6,12 +6,14 @@ from dataclasses import dataclass, fields, replace
 
 from moptrace.errors import PlanError
 from moptrace.placement import Layout
+from moptrace.precision import MixedPrecisionPolicy
 
 __all__ = ["Plan"]
 
 # Names of mesh dimensions, and the sizes of the plan that they set. Data parallel sizes follow.
 _MESH_NAMES = ("tp", "cp", "pp", "ep", "etp", "vp", "dp_replicate")
 _DATA_NAMES = ("dp", "dp_shard", "fsdp", "edp", "efsdp", "vdp", "world")
+_AS_THE_MODEL_HAS_IT = MixedPrecisionPolicy()
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Plan:
     a rank fetches the rows of its tokens, from the ranks that have them.
     ``cp``: ranks that share the tokens of each sequence (context parallel), and ``context`` how
     attention reaches the others' tokens: ``"ulysses"``, ``"ring"`` or ``"gather"``.
+    ``mixed_precision``: what parameters are cast to before they are gathered and used, what
+    gradients are added up in, and what routers compute in; by default all as the model has it.
     ``expert_tokens``: the most tokens that a rank sends to its experts at once; of more it makes
     chunks, so that no rank gets more than ep * etp * k rows for each of so many, whatever the
     router does. ``expert_chunks`` says which tokens a chunk has, ``"strided"`` or ``"contiguous"``.
@@ -59,6 +63,7 @@ class Plan:
     logits_bytes: int = 64 << 20
     keep_logits: bool = False
     embedding_bytes: int = 64 << 20
+    mixed_precision: MixedPrecisionPolicy = _AS_THE_MODEL_HAS_IT
     expert_tokens: int | None = None
     expert_chunks: str = "strided"
     recompute_experts: bool | None = None
@@ -131,7 +136,25 @@ class Plan:
         recompute = self.recompute_experts
         if recompute is None:
             recompute = self.expert_tokens is not None
-        return replace(self, ep=ep, vp=vp, recompute_experts=recompute)
+        resolved = replace(self, ep=ep, vp=vp, recompute_experts=recompute)
+        resolved._check_nesting(world_size)
+        return resolved
+
+    def _check_nesting(self, world_size: int) -> None:
+        """Copies of weights that only some ranks share are stored where all views' groups nest."""
+        if self.dp_replicate == 1 or self.vp == world_size:
+            return
+        layout = self.layout(world_size)
+        borders = {low for low, _ in layout.storage.spans()}
+        if all(low in borders for view in layout.views for low, _ in view.spans()):
+            return
+        groups = {"vp": self.vp, "ep * etp": (self.ep or 1) * self.etp, "tp": self.tp}
+        told = ", ".join(f"{name}={size}" for name, size in groups.items() if size != 1)
+        raise PlanError(
+            f"dp_replicate={self.dp_replicate} leaves {world_size // self.dp_replicate} ranks to a "
+            f"copy of the dense weights, which do not nest with {told}: of any two of these group "
+            f"sizes one must divide the other. Or share the vocabulary among all: vp={world_size}"
+        )
 
     def layout(self, world_size: int) -> Layout:
         """The views of the ranks under a resolved plan."""

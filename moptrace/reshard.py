@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["constrain", "reshard", "route"]
+__all__ = ["cast_whole", "constrain", "reshard", "route"]
+
+
+def cast_whole(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in another dtype, as its users hold it: placements change before the cast.
+
+    So gradients of all users are cast back before they are added up, in the dtype of ``x``. A
+    gather before it is one collective with it, which casts first and moves ``dtype``.
+    """
+    return x.to(dtype)
 
 
 def constrain(x: Tensor, axis: str, kind: str) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from moptrace import roles
+from moptrace.reshard import cast_whole
 
 __all__ = ["JOINT", "RULES", "Rule", "argument", "operands", "results", "rule_for"]
 
@@ -157,6 +158,7 @@ _SCALING = {
     aten.neg.default: {0},
     aten._to_copy.default: {0},
     aten.to.dtype: {0},
+    cast_whole: {0},
     aten.clone.default: {0},
     aten.detach.default: {0},
     aten.masked_fill.Scalar: set[int](),
@@ -173,7 +175,7 @@ def pointwise(node: fx.Node) -> Rule:
     linear = frozenset(_SCALING.get(target, ()))
     if target in _ADDITIVE and len(ins) == 2 and target is not aten.where.self:
         linear = JOINT
-    random = torch.Tag.nondeterministic_seeded in target.tags
+    random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
     if _floors(node):
         linear = NONLINEAR
     return Rule(ins, (dims,) * count, linear, random=random)
@@ -864,6 +866,7 @@ RULES: dict[Any, Callable[[fx.Node], Rule | None]] = {
         (aten.clone, aten._to_copy, aten.detach, aten.contiguous, aten.copy, aten.lift_fresh_copy),
         pointwise,
     ),
+    cast_whole: pointwise,
     **dict.fromkeys((aten.__and__, aten.__or__, aten.__xor__), pointwise),
     aten.where: chosen,
     aten.sum: reduction(summed=True),

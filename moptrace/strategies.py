@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moptrace.errors import PlanError
 from moptrace.kernels.grouped_mm import expert_rows, grouped_mm
 from moptrace.kernels.routing import combine, dispatch
 from moptrace.plan import Plan
@@ -504,10 +505,15 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
         ep = draw(st.sampled_from(divisors))
         return {"ep": ep, "etp": draw(st.sampled_from(shared(ep)))}
 
+    def resolved(tokens: Any, experts: Any, **fields: Any) -> Plan:
+        plan = Plan(**tokens, **experts, **fields)
+        try:
+            return plan.resolve(world_size, [])
+        except PlanError:  # groups of the vocabulary that do not nest with others
+            return replace(plan, vp=world_size).resolve(world_size, [])
+
     return st.builds(
-        lambda tokens, experts, **fields: Plan(**tokens, **experts, **fields).resolve(
-            world_size, []
-        ),
+        resolved,
         tokens(),
         experts(),
         context=st.sampled_from(["ulysses", "ring", "gather"]),

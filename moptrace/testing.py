@@ -21,6 +21,7 @@ from moptrace import roles, state
 from moptrace.collectives import collective
 from moptrace.core import Output, Pass, Program
 from moptrace.placement import INVARIANT, Placement, Shard
+from moptrace.precision import MixedPrecisionPolicy, convert
 from moptrace.simulate import simulate
 from moptrace.step import Stepper
 from moptrace.strategies import ModelSpec, batches, meshes, model_specs, moe_models, plans
@@ -36,6 +37,8 @@ __all__ = [
     "assert_same_training",
     "assert_same_weights",
     "batches",
+    "computed_as",
+    "dtypes_of",
     "eager_step",
     "eager_training",
     "meshes",
@@ -72,6 +75,33 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def computed_as(model: nn.Module, policy: MixedPrecisionPolicy) -> nn.Module:
+    """The model as a policy computes it on one device; its parameters are the model's own.
+
+    Routers are computed as the rest is (``precision.convert``).
+    """
+    return _ComputedAs(model, policy)
+
+
+class _ComputedAs(nn.Module):
+    def __init__(self, model: nn.Module, policy: MixedPrecisionPolicy):
+        super().__init__()
+        self._modules, self._parameters = model._modules, model._parameters
+        self._buffers = model._buffers
+        self._policy = policy
+        self._inside = [convert(copy.deepcopy(model), policy)]  # in a list: its state is not ours
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cast = {n: p.to(self._policy.computed_in(p.dtype)) for n, p in self.named_parameters()}
+        state = cast | dict(self.named_buffers())
+        return torch.func.functional_call(self._inside[0], state, args, kwargs)
+
+
+def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
+    """In what each parameter is held, under all of its names: the ``masters`` of ``sharded``."""
+    return {n: p.dtype for n, p in model.named_parameters(remove_duplicate=False)}
 
 
 def eager_step(model: nn.Module, batch: Batch, loss_fn: LossFunction = None) -> Step:

@@ -14,11 +14,11 @@ from moptrace import roles
 from moptrace.core import Level, Pass, Program, erase_dead
 from moptrace.kernels.packing import packed_length
 from moptrace.placement import INVARIANT, Layout, Placement, Shard
-from moptrace.rules import Rule
+from moptrace.rules import Rule, rule_for
 
 __all__ = ["bucket_gathers"]
 
-ops = torch.ops.moptrace
+aten, ops = torch.ops.aten, torch.ops.moptrace
 
 
 def bucket_gathers(size: int = 64 << 20) -> Pass:
@@ -26,9 +26,9 @@ def bucket_gathers(size: int = 64 << 20) -> Pass:
 
     The shards are packed into one buffer, the buffer is gathered, and the whole parameters are
     unpacked where the first of them is needed. Backward, by the transposes, packs the gradients
-    and reduce-scatters them once, and adds up those of copies once. A bucket has one axis and one
-    dtype. Weights of experts, which
-    stay split along ``ep`` after the gather, are large already and keep their own collectives.
+    and reduce-scatters them once, and adds up those of copies once. A bucket has one axis, one
+    dtype to move and one to add up gradients in. Weights of experts, which stay split along ``ep``
+    after the gather, are large already and keep their own collectives.
 
     Requires: a local program. Ensures: the same values; fewer, larger collectives.
     """
@@ -48,10 +48,14 @@ def bucket_gathers(size: int = 64 << 20) -> Pass:
 
 @dataclass(frozen=True)
 class _Gather:
-    """One ``all_gather`` of a parameter; ``copies`` is the axis along which shards are copied."""
+    """One gather of a parameter: of its ``shard`` as it is stored, cast to ``dtype``.
+
+    ``copies`` is the axis along which shards are copied.
+    """
 
     node: fx.Node
     shard: fx.Node
+    dtype: torch.dtype
     copies: str | None
     axis: str
     dim: int
@@ -62,11 +66,12 @@ class _Gather:
         return list(roles.tensor(self.node).shape)
 
 
-_Key: TypeAlias = tuple[str, str | None, torch.dtype]
+_Key: TypeAlias = tuple[str, str | None, torch.dtype, torch.dtype, torch.dtype]
+_GATHERS = (ops.all_gather.default, ops.all_gather_cast.default)
 
 
 def _buckets(graph: fx.Graph, size: int) -> Iterator[list[_Gather]]:
-    """Gathers of one axis and dtype in program order, cut where a bucket is full."""
+    """Gathers of one axis and one set of dtypes in program order, cut where a bucket is full."""
     filling: dict[_Key, list[_Gather]] = {}
     bytes_: dict[_Key, int] = {}
     for node in graph.nodes:
@@ -74,7 +79,8 @@ def _buckets(graph: fx.Graph, size: int) -> Iterator[list[_Gather]]:
         if gather is None:
             continue
         whole = roles.tensor(node)
-        key = (gather.axis, gather.copies, whole.dtype)
+        dtypes = (roles.tensor(gather.shard).dtype, gather.dtype, whole.dtype)
+        key = (gather.axis, gather.copies, *dtypes)
         filling.setdefault(key, []).append(gather)
         bytes_[key] = bytes_.get(key, 0) + whole.numel() * whole.element_size()
         if bytes_[key] >= size:
@@ -84,17 +90,20 @@ def _buckets(graph: fx.Graph, size: int) -> Iterator[list[_Gather]]:
 
 
 def _gather(node: fx.Node) -> _Gather | None:
-    if node.target is not ops.all_gather.default:
+    if node.target not in _GATHERS:
         return None
-    shard, axis, dim, length = node.args
+    shard, axis, dim, *_, length = node.args
     assert isinstance(shard, fx.Node) and isinstance(axis, str)
     assert isinstance(dim, int) and isinstance(length, int)
     copies = None
     if shard.target is ops.vary.default:
         shard, copies = shard.all_input_nodes[0], str(shard.args[1])
+    dtype = roles.tensor(shard).dtype
+    if shard.target is aten._to_copy.default:
+        shard = shard.all_input_nodes[0]
     if shard.op != "placeholder" or _split_elsewhere(node):
         return None
-    return _Gather(node, shard, copies, axis, dim, length)
+    return _Gather(node, shard, dtype, copies, axis, dim, length)
 
 
 def _split_elsewhere(node: fx.Node) -> bool:
@@ -117,17 +126,25 @@ def _merge(graph: fx.Graph, bucket: list[_Gather], layout: Layout) -> None:
     whole_placement = whole_placement and layout.said_along(whole_placement, axis)
     assert whole_placement is not None
     flat_placement = whole_placement.with_kind(axis, Shard(0))
-    example = roles.tensor(first.node)
+    stored, example = roles.tensor(first.shard), roles.tensor(first.node)
+    moved = example.new_empty(own, dtype=first.dtype)
     with graph.inserting_before(first.node):
         flat = graph.call_function(ops.pack.default, ([g.shard for g in bucket], numels))
-        _describe(flat, first, example.new_empty(own), (flat_placement,), _pack_rule(bucket))
+        own_placement = flat_placement
         if first.copies is not None:
             said = layout.said_along(flat_placement, first.copies)
             assert said is not None
-            roles.set_role(flat, placements=(said.with_kind(first.copies, INVARIANT),))
+            own_placement = said.with_kind(first.copies, INVARIANT)
+        _describe(flat, first, stored.new_empty(own), (own_placement,), _pack_rule(bucket))
+        if first.dtype != stored.dtype:
+            flat = graph.call_function(aten._to_copy.default, (flat,), {"dtype": first.dtype})
+            roles.set_value(flat, moved)
+            _describe(flat, first, moved, (own_placement,), rule_for(flat))
+        if first.copies is not None:
             flat = graph.call_function(ops.vary.default, (flat, first.copies))
-            _describe(flat, first, example.new_empty(own), (flat_placement,), None)
-        gathered = graph.call_function(ops.all_gather.default, (flat, axis, 0, total))
+            _describe(flat, first, moved, (flat_placement,), None)
+        dtypes = first.node.args[3:-1]  # of a gather that casts
+        gathered = graph.call_function(first.node.target, (flat, axis, 0, *dtypes, total))  # type: ignore[arg-type]
         _describe(gathered, first, example.new_empty(total), (whole_placement,), None)
         args = (gathered, parts, shapes, dims, sizes)
         wholes = graph.call_function(ops.unpack.default, args)

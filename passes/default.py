@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from moptrace.core import Pass, chain
 from moptrace.passes.bucket_gathers import bucket_gathers
 from moptrace.passes.causal_convolutions import causal_convolutions
@@ -16,6 +18,7 @@ from moptrace.passes.fuse_embedding import fuse_embedding
 from moptrace.passes.fuse_experts import fuse_experts
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
 from moptrace.passes.localize import localize
+from moptrace.passes.mixed_precision import compute_routers, mixed_precision
 from moptrace.passes.normalize_losses import normalize_losses
 from moptrace.passes.place import place
 from moptrace.passes.raise_experts import raise_experts
@@ -49,13 +52,16 @@ def sharded(
     world_size: int,
     keep_logits: bool = False,
     stored: Mapping[str, Placement] | None = None,
+    masters: Mapping[str, torch.dtype] | None = None,
 ) -> Pass:
     """From the canonical program to the local one, under a resolved plan for W ranks.
 
-    ``stored`` are the placements of parameters that exist already, by name.
+    ``stored`` are the placements of parameters that exist already, by name, and ``masters`` the
+    dtypes in which they are held, by the user's names.
     """
-    layout = plan.layout(world_size)
+    layout, policy = plan.layout(world_size), plan.mixed_precision
     return chain(
+        compute_routers(policy.router_dtype),
         *([count_tokens()] if plan.count_tokens else []),
         tensor_parallel(layout),
         expert_tensor_parallel(layout),
@@ -66,6 +72,7 @@ def sharded(
         vocabulary_parallel(layout),
         shard_parameters(layout, plan.edp, stored),
         shard_batch(layout),
+        mixed_precision(policy, masters or {}),
         place(),
         report_replicated_tokens(asked=plan.context == "gather"),
         localize(),

@@ -34,7 +34,7 @@ def fuse_vocabulary(at_least: int = 0, keep_logits: bool = False) -> Pass:
     spelling: what moves tokens is done to the hidden states instead. The loss keeps its ignored
     labels, label smoothing and class weights, and a log-sum-exp of the same logits (the z-loss) is
     served too. Logits that only the model's output holds are dropped from it (``None`` in their
-    place) unless ``keep_logits``, which warns of their bytes.
+    place) unless ``keep_logits``, which warns of their bytes; a cast for the output counts as it.
 
     ``at_least`` leaves alone the losses whose logits have fewer bytes, over all ranks.
     Requires: ``normalize_losses``. Ensures: the same loss; logits that are not in the operands'
@@ -49,17 +49,18 @@ def fuse_vocabulary(at_least: int = 0, keep_logits: bool = False) -> Pass:
             found = _Fusion.of(node) if node.target in _ENTROPIES else None
             if found is None or found.bytes < at_least:
                 continue
-            if not all(u is end or found.serves(u) for u in found.others()):
+            casts = [u for u in found.others() if _only_shown(u, end)]
+            if not all(u is end or u in casts or found.serves(u) for u in found.others()):
                 continue
             found.rewrite()
             changed = True
-            if any(end in n.users for n in found.chain):
+            if any(end in n.users for n in (*found.chain, *casts)):
                 if keep_logits:
                     text = _kept(found)
                     warnings.warn(text, LogitsWarning, stacklevel=2)
                     program = program.with_note(text)
                 else:
-                    gone = set(found.chain)
+                    gone = {*found.chain, *casts}
                     program = replace(program, signature=_without(program.signature, end, gone))
         if not changed:
             return program
@@ -418,6 +419,11 @@ def _move_later(user: fx.Node, new: fx.Node) -> None:
 
 
 # ---- The model's output --------------------------------------------------------------------------
+
+
+def _only_shown(node: fx.Node, end: fx.Node) -> bool:
+    """Whether a node casts a value for the model's output, and for nothing else."""
+    return packet(node) is aten._to_copy and set(node.users) == {end}
 
 
 def _without(signature: Signature, end: fx.Node, gone: set[fx.Node]) -> Signature:

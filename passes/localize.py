@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES, conversion
-from moptrace.core import Level, Pass, Program
+from moptrace.core import Level, Pass, Program, erase_dead
 from moptrace.errors import PlacementError
 from moptrace.infer import travels
 from moptrace.placement import (
@@ -27,7 +27,7 @@ from moptrace.placement import (
     parse_kind,
 )
 from moptrace.random import draw
-from moptrace.reshard import reshard, route
+from moptrace.reshard import cast_whole, reshard, route
 from moptrace.rings import RINGS
 from moptrace.rules import Rule, argument, operands
 
@@ -49,6 +49,7 @@ def localize() -> Pass:
         localizer = _Localizer(program.layout)
         for node in program.graph.nodes:
             localizer.visit(node)
+        erase_dead(localizer.graph)
         return program.with_graph(localizer.graph)
 
     return Pass("localize", rewrite, takes=(Level.PLACED,), gives=Level.LOCAL)
@@ -94,6 +95,8 @@ class _Localizer:
             self.new[node] = self._collective(node)
         elif node.target is route:
             self.new[node] = self._route(node)
+        elif node.target is cast_whole:
+            self.new[node] = self._cast(node)
         elif node.op == "call_function":
             self.new[node] = self._operator(node)
         else:
@@ -251,6 +254,21 @@ class _Localizer:
                 return self._blocked(node, name, axis, Shard(kind.dim, blocks))
         arguments = _arguments(name, before, after, axis, lambda dim: self._length(x, dim, axis))
         return self._call(node, COLLECTIVES[name].op, (self.new[x], *arguments), None)
+
+    def _cast(self, node: fx.Node) -> fx.Node:
+        """A gather of what is cast afterwards is one collective, which casts first."""
+        x, dtype = node.args
+        assert isinstance(x, fx.Node)
+        gather = self.new[x]
+        before = self.new.get(x.args[0]) if x.target is reshard else None  # type: ignore[call-overload]
+        if before is None or gather.target is not ops.all_gather.default:
+            rule = roles.role(node).rule
+            new = self._call(node, aten._to_copy.default, (gather,), rule)
+            new.update_kwarg("dtype", dtype)
+            return new
+        _, axis, dim, length = gather.args
+        arguments = (before, axis, dim, dtype, roles.tensor(x).dtype, length)
+        return self._call(node, ops.all_gather_cast.default, arguments, None)
 
     def _blocked(self, node: fx.Node, name: str, axis: str, split: Shard) -> fx.Node:
         """A collective over each block of a dimension, which becomes one of its own."""

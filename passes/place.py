@@ -31,7 +31,7 @@ from moptrace.placement import (
     own_blocks,
     parse_kind,
 )
-from moptrace.reshard import constrain, reshard, route
+from moptrace.reshard import cast_whole, constrain, reshard, route
 from moptrace.rules import Rule, operands, results, rule_for
 
 __all__ = ["ReplicationWarning", "place"]
@@ -306,7 +306,8 @@ class _Placer:
         """Convert one axis after another, in the view in which the fewest axes change."""
         changed = [(n, w) for n, w in zip(now.kinds, wanted.kinds, strict=True) if n != w]
         gathers = all(n != PARTIAL and isinstance(w, (Replicate, Invariant)) for n, w in changed)
-        if gathers and x.target in _REARRANGES and x not in self.activations:
+        under = x.target is cast_whole or (gathers and x.target in _REARRANGES)
+        if under and x not in self.activations:
             return self._move_under(x, now, wanted, before)
         simplest = self._simplest(now)
         now, wanted = self._shortest(x, now, wanted)
@@ -381,7 +382,10 @@ class _Placer:
     def _move_under(
         self, x: fx.Node, now: Placement, wanted: Placement, before: fx.Node
     ) -> fx.Node:
-        """Gather before a value is rearranged: once for all uses, and gradients in its layout."""
+        """Gather before a value is rearranged: once for all uses, and gradients in its layout.
+
+        And before a cast of a parameter to fewer bits, so that gradients are added up in more.
+        """
         key = (x, str(wanted), INVARIANT)
         if key not in self.moved:
             source = x.args[0]

@@ -52,7 +52,7 @@ def regather(above: int = 0) -> Pass:
                 return False
             elif all(x in gathered for x in node.all_input_nodes):
                 row = collective(node.target)
-                large = row is not None and row.name == "all_gather" and _bytes(node) > above
+                large = row is not None and row.name in _GATHERS and _bytes(node) > above
                 gathered[node] = large or any(gathered[x] for x in node.all_input_nodes)
             return gathered.get(node, False)
 
@@ -61,6 +61,7 @@ def regather(above: int = 0) -> Pass:
     return Pass("regather", rewrite, (("above", above),), (Level.STEP,), needs=("differentiate",))
 
 
+_GATHERS = ("all_gather", "all_gather_cast")
 _AFTER_BACKWARD = (roles.Component.CLIPPING, roles.Component.OPTIMIZER)
 
 

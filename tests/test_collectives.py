@@ -38,7 +38,7 @@ def test_a_gradient_is_carried_back_between_the_kinds_of_gradients(row: Collecti
 
 
 def test_every_pair_of_kinds_has_at_most_one_collective() -> None:
-    pairs = [(row.source, row.target) for row in CONVERTING]
+    pairs = [(row.source, row.target) for row in CONVERTING if not row.casts]
     assert len(set(pairs)) == len(pairs)
     assert conversion(Rows("token"), Rows("expert")) is None
 
@@ -46,6 +46,8 @@ def test_every_pair_of_kinds_has_at_most_one_collective() -> None:
 def _arguments(row: Collective) -> tuple[Any, ...]:
     if row.name == "all_to_all":
         return ("dp", 1, 5, 0, LENGTH)
+    if row.casts:
+        return ("dp", 0, torch.float64, torch.float64, LENGTH)
     return ("dp", 0, LENGTH) if "int dim" in row.schema else ("dp",)
 
 
@@ -86,6 +88,18 @@ def test_a_transpose_is_the_adjoint(row: Collective) -> None:
     if row.source is type(INVARIANT):
         right = right / WORLD
     assert torch.allclose(left, right, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["all_gather_cast", "reduce_scatter_cast"])
+def test_a_collective_that_casts_adds_up_in_the_dtype_that_it_moves(name: str) -> None:
+    row = COLLECTIVES[name]
+    parts = [part.to(torch.bfloat16) for part in _held(row, 0)]
+    arguments = ("dp", 0, torch.float64, torch.bfloat16, LENGTH)
+    found = _meant(row, parts, arguments)
+    plain = COLLECTIVES[name.removesuffix("_cast")]
+    wanted = _meant(plain, [part.double() for part in parts], ("dp", 0, LENGTH))
+    for have, want in zip(found, wanted, strict=True):
+        assert have.dtype == torch.float64 and torch.equal(have, want)
 
 
 def on_rank_every_collective() -> None:

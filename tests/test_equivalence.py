@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import math
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 import models
 from _report import record_examples
 from double import InFloat64
-from moptrace import Plan, Program, trace
+from moptrace import MixedPrecisionPolicy, Plan, Program, roles, trace
 from moptrace.passes.default import canonical, sharded
+from moptrace.placement import Shard
+from moptrace.precision import convert
 from moptrace.testing import (
     SimulatedRanks,
     Step,
@@ -24,8 +28,9 @@ from moptrace.testing import (
     assert_same_training,
     assert_same_weights,
     batches,
+    computed_as,
+    dtypes_of,
     eager_step,
-    eager_training,
     meshes,
     model_specs,
     plans,
@@ -37,11 +42,17 @@ from sweeps import sweep
 LENGTH = 12  # of a sequence: cp * tp may be any divisor
 PLANS_PER_MODEL = 6  # a model is traced once and run under several plans
 
-SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
-
 
 # --- the property ---------------------------------------------------------------------------------
+
+
+# A dtype to hold parameters in, and the policy: what is computed is float64 in any case.
+PRECISIONS = (
+    (torch.float64, MixedPrecisionPolicy()),
+    (torch.float32, MixedPrecisionPolicy(param_dtype=torch.float64)),
+)
+STEPS = 3  # under the last plan of each model; one under the others
+MAX_NORM = 0.5
 
 
 @settings(max_examples=-(-settings.default.max_examples // PLANS_PER_MODEL))
@@ -49,21 +60,80 @@ ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
 def test_any_model_on_any_mesh_under_any_plan_computes_the_same_step(data: st.DataObject) -> None:
     spec = data.draw(model_specs(), label="model")
     size = data.draw(st.sampled_from([6, 8, 12, 16]), label="sequences")
-    traced, fed = (data.draw(batches(spec.vocabulary, size, LENGTH)) for _ in range(2))
-    model = spec.build()
-    program = canonical()(trace(model, traced))
-    before, want = whole_state(model), eager_step(model, fed)
-    _, weights = eager_training(model, [fed], partial(torch.optim.SGD, lr=0.1))
+    traced, *fed = (data.draw(batches(spec.vocabulary, size, LENGTH)) for _ in range(1 + STEPS))
+    held, policy = data.draw(st.sampled_from(PRECISIONS), label="precision")
+    model = spec.build(held)
+    program = canonical()(trace(convert(copy.deepcopy(model), policy), traced))
+    reference = Clipped(computed_as(copy.deepcopy(model), policy))
+    wanted = [reference.step(batch) for batch in fed[: STEPS if held == torch.float64 else 1]]
     for number in range(PLANS_PER_MODEL):
         ranks = data.draw(meshes(size, largest=16), label=f"ranks {number}")
         plan = data.draw(plans(ranks, LENGTH), label=f"plan {number}")
-        local = sharded(plan, ranks)(program)
-        simulated = SimulatedRanks(local, before)
-        assert_same_step(simulated.step(fed), want)
-        for rank in range(ranks):
-            torch.optim.SGD(simulated.parameters(rank), lr=0.1).step()
-        assert_same_weights(simulated.weights(), weights)
+        plan = replace(plan, mixed_precision=policy)
+        local = sharded(plan, ranks, masters=dtypes_of(model))(program)
+        simulated = SimulatedRanks(local, whole_state(model))
+        last = number == PLANS_PER_MODEL - 1
+        for batch, want in zip(fed, wanted if last else wanted[:1], strict=False):
+            assert_same_clipped_step(simulated, batch, want)
         record_examples()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A step of one device: raw gradients, their norm, and the weights after it."""
+
+    step: Step
+    norm: Tensor
+    weights: dict[str, Tensor]
+
+
+class Clipped:
+    """Eager training with a limit to the norm of gradients."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(self, batch: dict[str, Tensor]) -> Wanted:
+        step = eager_step(self.model, batch)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        self.optimizer.step()
+        return Wanted(step, norm, whole_state(self.model))
+
+
+def assert_same_clipped_step(
+    simulated: SimulatedRanks, batch: dict[str, Tensor], want: Wanted
+) -> None:
+    """Loss and norm to 1e-10; what float32 holds is rounded once, from float64."""
+    step = simulated.step(batch)
+    held = next(iter(want.step.gradients.values())).dtype
+    tolerance = 1e-10 if held == torch.float64 else 3e-7
+    torch.testing.assert_close(step.loss, want.step.loss, rtol=1e-10, atol=0)
+    assert_same_step(step, want.step, tolerance)
+    norm = norm_of_shards(simulated)
+    torch.testing.assert_close(norm, want.norm.double(), rtol=tolerance, atol=0)
+    for rank in range(len(simulated.ranks)):
+        for shard in simulated.parameters(rank):
+            if shard.grad is not None:
+                shard.grad *= min(1.0, MAX_NORM / (float(norm) + 1e-6))
+        torch.optim.SGD(simulated.parameters(rank), lr=0.1).step()
+    assert_same_weights(simulated.weights(), want.weights, tolerance)
+
+
+def norm_of_shards(simulated: SimulatedRanks) -> Tensor:
+    """The norm of all gradients from the ranks' parts: what several ranks hold counts once."""
+    total = torch.zeros((), dtype=torch.float64)
+    for number, parameter in enumerate(simulated.signature.parameters):
+        node = next(n for n in simulated.program.nodes if n.name == parameter.name)
+        placement = roles.placement(node)
+        assert placement is not None
+        pairs = zip(placement.view.axes, placement.kinds, strict=True)
+        copies = math.prod(axis.size for axis, kind in pairs if not isinstance(kind, Shard))
+        for rank in range(len(simulated.ranks)):
+            gradient = simulated.parameters(rank)[number].grad
+            if gradient is not None:
+                total += gradient.double().square().sum() / copies
+    return total.sqrt()
 
 
 # --- five Hugging Face families and three hand-written models -------------------------------------

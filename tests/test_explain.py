@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -26,9 +27,10 @@ from moptrace.passes.place import place
 from moptrace.passes.shard_parameters import shard_batch, shard_parameters
 from moptrace.placement import Layout
 from moptrace.plan import Plan
+from moptrace.precision import MixedPrecisionPolicy, convert
 from moptrace.rings import Exchange, Start, drive_together
 from moptrace.roles import Component
-from moptrace.testing import SimulatedRanks, whole_state
+from moptrace.testing import ModelSpec, SimulatedRanks, dtypes_of, whole_state
 from moptrace.trace import trace
 from sweeps import sweep
 from test_tensor_parallel import batch as tokens
@@ -186,11 +188,12 @@ class Meter:
     ) -> Any:
         results = self.run(row, layout, axis, beside, extra, parts)
         ranks = len(parts)
-        kind = row.name.removesuffix("_invariant")
+        kind = row.name.removesuffix("_invariant").removesuffix("_cast")
         if kind not in ("vary", "take_shard", "take_replicated", "place_shard", "count_once"):
             groups = layout.world_size // ranks
             self.count[kind] += 1 / groups
-            sizes = [x.numel() * x.element_size() for x in parts]
+            moved = results if row.casts else parts  # a cast comes first
+            sizes = [x.numel() * moved[0].element_size() for x in parts]
             out = [x.numel() * x.element_size() for x in results]
             sent = {
                 "all_gather": (ranks - 1) * max(sizes),
@@ -287,6 +290,27 @@ def test_bytes_are_those_of_a_step_under_every_kind_of_plan(
         SimulatedRanks(local, whole_state(traced)).step(tokens(seed=1))
     found = {t.kind: t.bytes for t in explain(local).traffic}
     assert found == pytest.approx({kind: n for kind, n in meter.bytes.items() if n})
+
+
+@pytest.mark.parametrize("reduced", [None, torch.float32])
+def test_parameters_move_in_what_they_are_cast_to(
+    reduced: torch.dtype | None, meter: Meter
+) -> None:
+    spec, fed = ModelSpec(experts=4, attention="fused"), tokens(seed=1)
+    fed = {name: x % spec.vocabulary for name, x in fed.items()}
+    policy, held = MixedPrecisionPolicy(torch.bfloat16, reduced), spec.build(torch.float32)
+    moved: dict[MixedPrecisionPolicy, dict[str, int]] = {}
+    for one in (policy, MixedPrecisionPolicy()):
+        program = canonical()(trace(convert(copy.deepcopy(held), one), fed))
+        plan = Plan(ep=2, dp_replicate=2, mixed_precision=one).resolve(4, [])
+        local = sharded(plan, 4, masters=dtypes_of(held))(program)
+        meter.world, meter.bytes = 4, Counter[str]()
+        SimulatedRanks(local, whole_state(held)).step(fed)
+        moved[one] = {t.kind: t.bytes for t in explain(local).traffic}
+        assert moved[one] == pytest.approx({kind: n for kind, n in meter.bytes.items() if n})
+    half, full = moved.values()
+    assert 2 * half["all_gather"] == full["all_gather"]
+    assert half["reduce_scatter"] * (2 if reduced is None else 1) == full["reduce_scatter"]
 
 
 @every_layout

@@ -40,6 +40,14 @@ def test_the_vocabulary_is_shared_by_all_ranks_or_by_some() -> None:
         Plan(vp=4, tp=2).resolve(8, [8])
 
 
+def test_copies_of_dense_weights_nest_with_a_vocabulary_that_some_ranks_share() -> None:
+    plan = Plan(tp=3, cp=2, vp=3, dp_replicate=2, ep=2)
+    with pytest.raises(PlanError, match=r"do not nest with vp=3, ep \* etp=2.* vp=12"):
+        plan.resolve(12, [8])
+    assert Plan(tp=3, cp=2, dp_replicate=2, ep=2).resolve(12, [8]).vp == 12
+    assert Plan(tp=3, cp=2, vp=3, dp_replicate=2, ep=6).resolve(12, [8]).vp == 3
+
+
 def test_sizes_that_leave_no_rank_over_say_so() -> None:
     with pytest.raises(PlanError, match="tp=4 leaves 2 of the 8 ranks, and cp=4 does not divide"):
         Plan(tp=4, cp=4).resolve(8, [8])
