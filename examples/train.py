@@ -46,6 +46,8 @@ def arguments():
     parser.add_argument("--ep", type=int, help="ranks that share the experts")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share heads and hidden units")
     parser.add_argument("--cp", type=int, default=1, help="ranks that share each sequence")
+    parser.add_argument("--etp", type=int, default=1, help="ranks that share each expert")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, keep float32")
     parser.add_argument("--expert-tokens", type=int, help="tokens that go to experts at once")
     parser.add_argument("--save", help="a folder for checkpoints")
     return parser.parse_args()
@@ -158,8 +160,19 @@ config = Qwen3MoeConfig(
 torch.manual_seed(0)
 model = Qwen3MoeForCausalLM(config)
 flops = flops_of_a_token(config, model)
+precision = moptrace.MixedPrecisionPolicy()  # (*)
+if given.bf16:
+    precision = moptrace.MixedPrecisionPolicy(  # (*)
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, router_dtype=torch.float32
+    )
 plan = moptrace.Plan(  # (*)
-    ep=given.ep, tp=given.tp, cp=given.cp, expert_tokens=given.expert_tokens, count_tokens=True
+    ep=given.ep,
+    etp=given.etp,
+    tp=given.tp,
+    cp=given.cp,
+    expert_tokens=given.expert_tokens,
+    count_tokens=True,
+    mixed_precision=precision,
 )
 model = moptrace.parallelize(model, init_device_mesh(device.type, (ranks,)), plan)  # (*)
 optimizer = torch.optim.AdamW(

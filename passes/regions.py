@@ -103,6 +103,9 @@ class Finder:
                     self.rows.add(node)
 
     def _product(self, node: fx.Node) -> Product | None:
+        """The node as a product; of routed rows, as one with the matrix of each row's expert."""
+        if self.routed != (node.target is ops.grouped_mm.default):
+            return None
         return Product.of(node, self.own) if (node in self.rows) == self.routed else None
 
     def regions(self) -> Iterator[Region]:

@@ -78,6 +78,7 @@ def test_train_goes_on_where_it_ended(tmp_path: Path) -> None:
         shown = run(*ranks, "train.py", f"--steps={number}", *small, *options)
         return re.findall(r"^step +\d+  loss \S+  norm \S+  lr \S+", shown, re.MULTILINE)
 
-    steps(2, f"--save={tmp_path}", "--expert-tokens=40")
-    assert len(again := steps(4, f"--save={tmp_path}", "--expert-tokens=40")) == 2
-    assert again == steps(4)[2:]
+    options = "--expert-tokens=40", "--bf16"
+    steps(2, f"--save={tmp_path}", *options)
+    assert len(again := steps(4, f"--save={tmp_path}", *options)) == 2
+    assert again == steps(4, *options)[2:]

@@ -22,6 +22,7 @@ from moptrace.passes.expert_tensor_parallel import expert_tensor_parallel
 from moptrace.placement import View
 from moptrace.reshard import constrain
 from moptrace.testing import (
+    ModelSpec,
     Step,
     assert_same_step,
     eager_step,
@@ -318,6 +319,14 @@ def test_experts_of_every_shape(kind: str) -> None:
         notes = [note for note in local.notes if "etp=2" in note]
         assert len(notes) == (not is_shared)
         assert all("grouped_mm.py" in note and "divides the hidden units" in note for note in notes)
+
+
+def test_a_single_expert_is_a_dense_block() -> None:
+    """Its products have no grouped matrices, and no counts say how its rows travel."""
+    model = ModelSpec(layers=("moe",), hidden=3, experts=1, k=1, style="loop_mask").build()
+    fed = models.batch(1, size=6, length=4, vocabulary=ModelSpec().vocabulary)
+    local = sharded(Plan(ep=1, etp=3), 3)(canonical()(trace(model, fed)))
+    assert_same_step(simulated_step(local, whole_state(model), fed), eager_step(model, fed))
 
 
 # --- real ranks -----------------------------------------------------------------------------------
