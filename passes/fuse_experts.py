@@ -16,13 +16,14 @@ from moptrace import roles
 from moptrace.core import Level, Pass, Program
 from moptrace.kernels.expert_function import ExpertFunction, Operand, expert_function
 from moptrace.placement import Shard
-from moptrace.rules import Rule, operands
+from moptrace.rules import Rule, argument, operands
 
 __all__ = ["fuse_experts"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
 PRODUCT, EXPERT_ROWS = ops.grouped_mm.default, ops.expert_rows.default
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 VIEWS = (aten.transpose.int, aten.permute.default)
 
 Kind = Literal["rows", "experts", "all"]
@@ -252,6 +253,10 @@ class _Body:
             return self.graph.call_function(PRODUCT, args)
         if node.target is EXPERT_ROWS:
             return self._repeated(self._part(xs[0]))
+        if (piece := _lonely_piece(node)) is not None:
+            dim, start, end = piece
+            args = (self.new[xs[0].args[0], "rows"], dim, start, end)
+            return self.graph.call_function(aten.slice.Tensor, args)
         value = roles.value(node)
         rank = value.dim() if isinstance(value, Tensor) else 0
 
@@ -283,6 +288,22 @@ class _Body:
         one = call(aten.view.default, (self.new[x, "all"], [1, *shape]))
         experts = call(aten.sym_size.int, (self.counts, 0))
         return self._repeated(call(aten.expand.default, (one, [experts, *shape])))
+
+
+def _lonely_piece(node: fx.Node) -> tuple[int, int, int] | None:
+    """The slice that a piece of a split is, where other pieces are not used.
+
+    Autograd has no gradient for those, and makes zeros of them for numbers of rows it knows alone.
+    """
+    source = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(source, fx.Node) or source.target not in _SPLITS:
+        return None
+    pieces: Any = roles.value(source)
+    if len({user.args[1] for user in source.users}) == len(pieces):
+        return None
+    dim: int = argument(source, 2, "dim", 0) % pieces[0].dim()
+    start = sum(piece.shape[dim] for piece in pieces[: node.args[1]])  # type: ignore[misc]
+    return dim, start, start + pieces[node.args[1]].shape[dim]  # type: ignore[index]
 
 
 def _replace(body: _Body, function: ExpertFunction) -> None:
