@@ -50,6 +50,7 @@ def arguments():
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, keep float32")
     parser.add_argument("--expert-tokens", type=int, help="tokens that go to experts at once")
     parser.add_argument("--save", help="a folder for checkpoints")
+    parser.add_argument("--save-every", type=int, default=1000, help="steps; and after the last")
     return parser.parse_args()
 
 
@@ -214,8 +215,9 @@ for number in track(numbers, "training", disable=rank != 0, transient=True):
     if log is not None:
         for name, value in row.items():
             log.add_scalar(name, value, number)
-if given.save:
-    weights, moments = state()
-    folder = f"{given.save}/{given.steps}"
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    done = number + 1
+    if given.save and (done % given.save_every == 0 or done == given.steps):
+        weights, moments = state()
+        folder = f"{given.save}/{done}"
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
 dist.destroy_process_group()

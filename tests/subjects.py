@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 
 import models
 from double import InFloat64
-from moptrace import Plan, Program, trace
+from moptrace import Plan, Program, parallel, parallelize, trace
+from moptrace.parallel import ParallelModule
 from moptrace.passes.default import canonical
 
-__all__ = ["batch", "step_on_a_rank", "subject"]
+__all__ = ["batch", "step_on_a_rank", "subject", "traced_once"]
 
 
 def batch(seed: int, size: int = 12, length: int = 12) -> dict[str, Tensor]:
@@ -36,6 +40,29 @@ def subject(name: str, length: int = 12) -> tuple[nn.Module, Program]:
         return model, canonical()(trace(traced, batch(0, length=length)))
 
 
+_canonical: dict[object, Program] = {}
+
+
+@contextmanager
+def traced_once(name: object) -> Iterator[None]:
+    """Let one capture of a model serve all plans, as it would on one of them."""
+    capture, make = ParallelModule._capture, parallel.canonical
+
+    def captured(self: ParallelModule, batch: Any) -> Program:
+        key = (name, parallel._key(self.training, parallel._global(batch, self._batch_parts)))
+        if key not in _canonical:
+            _canonical[key] = make()(capture(self, batch))
+        return _canonical[key]
+
+    ParallelModule._capture = captured  # type: ignore[method-assign]
+    parallel.canonical = lambda: lambda program: program  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ParallelModule._capture = capture  # type: ignore[method-assign]
+        parallel.canonical = make
+
+
 def step_on_a_rank(
     name: str, state: dict[str, Tensor], plan: Plan, fed: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -43,14 +70,12 @@ def step_on_a_rank(
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from moptrace import parallelize
-
     model = models.build(name)
     model.load_state_dict(state)
     ranks = dist.get_world_size()
     parts = plan.cp * plan.tp
     example = {k: v[: len(v) * parts // ranks, : v.shape[1] // parts] for k, v in fed.items()}
-    with InFloat64():
+    with InFloat64(), traced_once(name):
         mesh = init_device_mesh("cpu", (ranks,))
         parallel = parallelize(model, mesh, plan, batch=example)
         loss, _ = parallel(**parallel.local_batch(fed))

@@ -6,6 +6,11 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
+from hypothesis import Phase
+
+# An example of a property that runs many ranks takes seconds, and a search for a smaller one many
+# minutes. What failed is printed whole, with what reproduces it.
+WITHOUT_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
 def sweep(every: Iterable[Any], quick: Collection[Any]) -> list[Any]:

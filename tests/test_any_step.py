@@ -13,6 +13,7 @@ from moptrace import trace
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.recompute import regather
 from moptrace.testing import SimulatedSteps, batches, model_specs, plans, whole_state
+from sweeps import WITHOUT_SHRINKING
 from test_train_step import OPTIMIZERS, Eager, all_of, assert_same_steps
 
 SIZE, LENGTH = 6, 6
@@ -20,18 +21,23 @@ EXAMPLES = 60
 SCHEDULES = (None, regather())
 
 
-@settings(max_examples=EXAMPLES)
+STEPS_PER_MODEL = 3  # a model is traced once and trained in several ways
+
+
+@settings(max_examples=EXAMPLES // STEPS_PER_MODEL, phases=WITHOUT_SHRINKING)
 @given(st.data())
 def test_any_step_is_that_of_one_device(data: st.DataObject) -> None:
     spec = replace(data.draw(model_specs(("canonical",)), label="model"), layers=("moe",))
     ranks = data.draw(st.sampled_from([2, 3, 1]), label="ranks")
-    plan = data.draw(plans(ranks, LENGTH), label="plan")
-    make = all_of(OPTIMIZERS[data.draw(st.sampled_from(sorted(OPTIMIZERS)), label="optimizer")])
-    max_norm = data.draw(st.sampled_from([None, 0.3, math.inf]), label="max_norm")
-    schedule = data.draw(st.sampled_from(SCHEDULES), label="schedule")
     traced, *fed = (data.draw(batches(spec.vocabulary, SIZE, LENGTH)) for _ in range(3))
     model = spec.build()
-    local = sharded(plan, ranks)(canonical()(trace(model, traced)))
-    simulated = SimulatedSteps(local, whole_state(model), make, max_norm, schedule=schedule)
-    assert_same_steps(simulated, Eager(model, make, max_norm), fed)
-    record_examples(of="training step")
+    program = canonical()(trace(model, traced))
+    for number in range(STEPS_PER_MODEL):
+        plan = data.draw(plans(ranks, LENGTH), label=f"plan {number}")
+        name = data.draw(st.sampled_from(sorted(OPTIMIZERS)), label=f"optimizer {number}")
+        max_norm = data.draw(st.sampled_from([None, 0.3, math.inf]), label=f"max_norm {number}")
+        schedule = data.draw(st.sampled_from(SCHEDULES), label=f"schedule {number}")
+        make, local = all_of(OPTIMIZERS[name]), sharded(plan, ranks)(program)
+        simulated = SimulatedSteps(local, whole_state(model), make, max_norm, schedule=schedule)
+        assert_same_steps(simulated, Eager(model, make, max_norm), fed)
+        record_examples(of="training step")

@@ -66,10 +66,10 @@ def test_the_step_is_the_same(name: str, world: int, plan: Plan) -> None:
 
 
 def test_the_step_is_the_same_on_real_ranks(ranks: Callable[[int], Ranks]) -> None:
-    model, _ = subject("LoopWhere")
+    model, _ = subject("OneHotEinsum")
     fed, plan = batch(1), Plan(ep=2, expert_tokens=10)
     want = eager_step(model, fed)
-    for loss, gradients in ranks(4)(step_on_a_rank, "LoopWhere", model.state_dict(), plan, fed):
+    for loss, gradients in ranks(4)(step_on_a_rank, "OneHotEinsum", model.state_dict(), plan, fed):
         assert_same_step(Step(loss, gradients, {}), want)
 
 

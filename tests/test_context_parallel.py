@@ -482,11 +482,11 @@ def test_linear_attention_gathers_its_tokens() -> None:
 
 @pytest.mark.parametrize("how", sweep(["ulysses", "ring"], quick=["ulysses"]))
 def test_real_ranks_compute_the_same_step(ranks: Callable[[int], Ranks], how: str) -> None:
-    model, _ = subject("LoopWhere")
+    model, _ = subject("OneHotEinsum")
     fed = batch(1, size=12)
     want = eager_step(model, fed)
     plan = Plan(ep=2, cp=2, context=how, logits_bytes=0)
-    given = "LoopWhere", model.state_dict(), plan, fed
+    given = "OneHotEinsum", model.state_dict(), plan, fed
     for loss, gradients in ranks(4)(subjects.step_on_a_rank, *given):
         assert_same_step(Step(loss, gradients, {}), want)
 

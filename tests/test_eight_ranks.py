@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from gloo import Ranks
 from moptrace import MixedPrecisionPolicy, Plan, parallelize
 from moptrace.testing import ModelSpec, Step, assert_same_step, computed_as, eager_step
+from sweeps import sweep
 
 RANKS = 8
 SPEC = ModelSpec(
@@ -52,9 +53,7 @@ def on_rank_a_step(plan: Plan) -> None:
     assert_same_step(have, want, 1e-10 if held == torch.float64 else 3e-7)
 
 
-@pytest.mark.parametrize(
-    "plan", [*PLANS[:2], *(pytest.param(p, marks=pytest.mark.slow) for p in PLANS[2:])], ids=str
-)
+@pytest.mark.parametrize("plan", sweep(PLANS, quick=PLANS[:1]), ids=str)
 def test_mixed_plans_compute_the_step_of_one_device(
     plan: Plan, ranks: Callable[[int], Ranks]
 ) -> None:

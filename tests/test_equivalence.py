@@ -37,7 +37,7 @@ from moptrace.testing import (
     simulated_step,
     whole_state,
 )
-from sweeps import sweep
+from sweeps import WITHOUT_SHRINKING, sweep
 
 LENGTH = 12  # of a sequence: cp * tp may be any divisor
 PLANS_PER_MODEL = 6  # a model is traced once and run under several plans
@@ -55,7 +55,9 @@ STEPS = 3  # under the last plan of each model; one under the others
 MAX_NORM = 0.5
 
 
-@settings(max_examples=-(-settings.default.max_examples // PLANS_PER_MODEL))
+@settings(
+    max_examples=-(-settings.default.max_examples // PLANS_PER_MODEL), phases=WITHOUT_SHRINKING
+)
 @given(st.data())
 def test_any_model_on_any_mesh_under_any_plan_computes_the_same_step(data: st.DataObject) -> None:
     spec = data.draw(model_specs(), label="model")

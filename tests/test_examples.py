@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,15 +71,17 @@ def test_4_torchrun_hugging_face_goes_on_from_its_checkpoint() -> None:
     assert trained == re.findall(r"step [34]  loss \S+", after)
 
 
-def test_train_goes_on_where_it_ended(tmp_path: Path) -> None:
-    def steps(number: int, *options: str) -> list[str]:
-        sizes = {"warmup": 2, "sequences": 4, "length": 32, "layers": 1, "hidden": 64, "experts": 4}
-        small = [f"--{name}={size}" for name, size in sizes.items()]
+def test_train_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    sizes = {"warmup": 2, "sequences": 4, "length": 32, "layers": 1, "hidden": 64, "experts": 4}
+    options = [f"--{name}={size}" for name, size in sizes.items()]
+    options += ["--steps=4", "--expert-tokens=40", "--bf16", f"--save={tmp_path}", "--save-every=2"]
+
+    def steps() -> list[str]:
         ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-        shown = run(*ranks, "train.py", f"--steps={number}", *small, *options)
+        shown = run(*ranks, "train.py", *options)
         return re.findall(r"^step +\d+  loss \S+  norm \S+  lr \S+", shown, re.MULTILINE)
 
-    options = "--expert-tokens=40", "--bf16"
-    steps(2, f"--save={tmp_path}", *options)
-    assert len(again := steps(4, f"--save={tmp_path}", *options)) == 2
-    assert again == steps(4, *options)[2:]
+    whole = steps()
+    assert len(whole) == 4 and sorted(os.listdir(tmp_path)) == ["2", "4"]
+    shutil.rmtree(tmp_path / "4")
+    assert steps() == whole[2:]

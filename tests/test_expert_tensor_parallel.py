@@ -332,17 +332,12 @@ def test_a_single_expert_is_a_dense_block() -> None:
 # --- real ranks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "plan"),
-    [
-        ("LoopWhere", Plan(ep=2, etp=2)),
-        pytest.param("LoopWhere", Plan(ep=1, etp=2, tp=2, edp="replicate"), marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_real_ranks_compute_the_same_step(
-    ranks: Callable[[int], Ranks], name: str, plan: Plan
-) -> None:
+ON_REAL_RANKS = (Plan(ep=2, etp=2), Plan(ep=1, etp=2, tp=2, edp="replicate"))
+
+
+@pytest.mark.parametrize("plan", sweep(ON_REAL_RANKS, quick=ON_REAL_RANKS[:1]), ids=str)
+def test_real_ranks_compute_the_same_step(ranks: Callable[[int], Ranks], plan: Plan) -> None:
+    name = "OneHotEinsum"
     model, _ = subject(name)
     fed = batch(1)
     want = eager_step(model, fed)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -28,7 +27,6 @@ import models
 from double import InFloat64
 from gloo import RankFailure, Ranks
 from moptrace import ParallelModule, Plan, errors, parallel, parallelize
-from moptrace.core import Program
 from moptrace.testing import (
     ModelSpec,
     Step,
@@ -37,6 +35,7 @@ from moptrace.testing import (
     eager_step,
     whole_state,
 )
+from subjects import traced_once
 from sweeps import sweep
 
 Pools = Callable[[int], Ranks]
@@ -53,7 +52,7 @@ def build(model: str | ModelSpec) -> nn.Module:
         return models.build(model)
     torch.manual_seed(0)
     layers = 2 if model == "deepseek_v3" else 1  # whose first layer is dense
-    return models.hugging_face(model, "eager", num_hidden_layers=layers).double()
+    return models.hugging_face(model, "grouped_mm", num_hidden_layers=layers).double()
 
 
 def batch_for(model: str | ModelSpec, seed: int = 0, length: int = 4) -> dict[str, Tensor]:
@@ -63,42 +62,6 @@ def batch_for(model: str | ModelSpec, seed: int = 0, length: int = 4) -> dict[st
     batch = models.batch(seed, size=size, length=length, vocabulary=vocabulary)
     batch["labels"][:2, 2:] = -100
     return batch
-
-
-@cache
-def _canonical_once(key: object, make: _Later) -> Program:
-    return make.function()
-
-
-class _Later:
-    """A function that counts for nothing in a cache's key."""
-
-    def __init__(self, function: Callable[[], Program]):
-        self.function = function
-
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@contextmanager
-def traced_once(name: object) -> Iterator[None]:
-    """Let one capture of a model serve all layouts, as it would on one of them."""
-    capture, canonical = ParallelModule._capture, parallel.canonical
-
-    def captured(self: ParallelModule, batch: Any) -> Any:
-        key = (name, parallel._key(self.training, parallel._global(batch, self._batch_parts)))
-        return _canonical_once(key, _Later(lambda: canonical()(capture(self, batch))))
-
-    ParallelModule._capture = captured  # type: ignore[method-assign]
-    parallel.canonical = lambda: lambda program: program  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        ParallelModule._capture = capture  # type: ignore[method-assign]
-        parallel.canonical = canonical
 
 
 def parallel_of(
@@ -147,7 +110,7 @@ def on_rank_every_split(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "world_size"),
-    sweep(product(NAMES, (2, 4)), [(name, (2, 4)[at % 2]) for at, name in enumerate(NAMES)]),
+    sweep(product(NAMES, (2, 4)), [(name, (4, 2)[at % 2]) for at, name in enumerate(NAMES)]),
 )
 def test_real_ranks_compute_the_same_loss_and_gradients(
     name: str, world_size: int, ranks: Pools

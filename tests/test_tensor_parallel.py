@@ -301,10 +301,10 @@ ON_REAL_RANKS = (
 
 @pytest.mark.parametrize("plan", sweep(ON_REAL_RANKS, quick=ON_REAL_RANKS[:2]), ids=str)
 def test_real_ranks_compute_the_same_step(ranks: Callable[[int], Ranks], plan: Plan) -> None:
-    model, _ = subject("LoopWhere")
+    model, _ = subject("OneHotEinsum")
     fed = batch(1)
     want = eager_step(model, fed)
-    for loss, gradients in ranks(4)(step_on_a_rank, "LoopWhere", model.state_dict(), plan, fed):
+    for loss, gradients in ranks(4)(step_on_a_rank, "OneHotEinsum", model.state_dict(), plan, fed):
         assert_same_step(Step(loss, gradients, {}), want)
 
 
