@@ -394,7 +394,7 @@ def labels_of_the_wrong_slice(graph: fx.Graph, it: Setting) -> None:
     """Each rank takes a slice of the tokens of all sequences, and not one of each sequence."""
     for node in found(graph, ops.take_shard, axis="cp"):
         opened, joined = node.args[0], next(iter(node.users))
-        assert isinstance(opened, fx.Node) and opened.target is aten.view.default
+        assert isinstance(opened, fx.Node) and opened.target is aten.unflatten.int
         flat, length = opened.args[0], math.prod(roles.tensor(opened).shape[:2])
         node.args = (flat, "cp", 0, length)
         joined.replace_all_uses_with(node)

@@ -24,6 +24,7 @@ from moptrace.core import Buffer, Output, Parameter, Signature
 from moptrace.passes.localize import localize
 from moptrace.passes.place import place
 from moptrace.placement import INVARIANT, PARTIAL, Kind, Placement, Shard
+from moptrace.reshard import cast_whole
 from moptrace.rules import JOINT, RULES, Rule, operands, rule_for
 from moptrace.simulate import simulate
 
@@ -397,6 +398,7 @@ ELSEWHERE: dict[Any, str] = {
     ops.grouped_mm: "takes routed rows",
     ops.expert_rows: "takes routed rows",
     ops.combine: "takes routed rows",
+    cast_whole: "stands in placed programs alone: see test_mixed_precision.py",
     aten.empty: "its values are anything",
     aten.empty_like: "its values are anything",
     aten.new_empty: "its values are anything",
