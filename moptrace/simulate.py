@@ -1,14 +1,15 @@
 """Run a local or a step program on many simulated ranks, in one process and in lock step.
 
-Every rank's values are ordinary tensors. An operator runs once for each rank; a collective runs
-once for each of its groups, by its definition in ``collectives.py``, and differentiates by its
-transpose there, exactly as on real ranks. So a program with a wrong reduction gives wrong
-gradients here too.
+Every rank's values are ordinary tensors. Each rank runs by itself from one collective to the next,
+as a coroutine; there all meet. A collective runs once for each of its groups, by its definition in
+``collectives.py``, and differentiates by its transpose there, exactly as on real ranks. So a
+program with a wrong reduction gives wrong gradients here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def simulate(
     ``arguments[r]`` maps the name of every graph input to what rank ``r`` holds. Returns each
     rank's graph outputs. Differentiable: ``torch.autograd.backward`` of all ranks' losses runs
     every rank's backward, each from its own loss. Ranks whose shards are of different shapes have
-    step programs of their own, which differ in sizes alone: ``program`` has one for each then.
+    step programs of their own, which agree in their collectives: ``program`` has one for each then.
     """
     programs = [program] * len(arguments) if isinstance(program, Program) else list(program)
     layout = programs[0].layout
@@ -56,52 +57,75 @@ def _run(
     ranks: Sequence[Communicator],
 ) -> list[tuple[Any, ...]]:
     """Each rank's results of its graph; ``arguments`` are its placeholders and constants."""
-    values: dict[fx.Node, list[Any]] = {}
-    remaining = {node: len(node.users) for node in graphs[0].nodes}
-    first = [
-        dict(zip(own.nodes, graphs[0].nodes, strict=True)) for own in graphs
-    ]  # the nodes of every rank's graph, and those of the first that they stand for
-    for nodes in zip(*(own.nodes for own in graphs), strict=True):
-        node = nodes[0]
+    runs = [_rank(*own) for own in zip(graphs, arguments, ranks, strict=True)]
+    answers: list[Any] = [None] * len(runs)
+    while True:
+        requests: list[Any] = []
+        for run, answer in zip(runs, answers, strict=True):
+            try:
+                requests.append(run.send(answer))
+            except StopIteration as end:
+                requests.append(end)
+        if all(isinstance(request, StopIteration) for request in requests):
+            return [end.value for end in requests]
+        targets = {getattr(request, "target", None) for request in requests}
+        assert len(targets) == 1, f"the ranks' programs differ: {targets}"
+        answers = _meet(requests[0].target, [request.args for request in requests], ranks)
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """What a rank's program asks for that takes all ranks: an operator, and the rank's operands."""
+
+    target: Any
+    args: tuple[Any, ...]
+
+
+def _rank(
+    graph: fx.Graph, given: Mapping[str, Any], rank: Communicator
+) -> Generator[_Meeting, Any, tuple[Any, ...]]:
+    """Run one rank's graph between meetings, and return its results."""
+    values: dict[fx.Node, Any] = {}
+    remaining = {node: len(node.users) for node in graph.nodes}
+    for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
-            values[node] = [own[str(n.target)] for n, own in zip(nodes, arguments, strict=True)]
+            values[node] = given[str(node.target)]
             continue
-        assert all(own.target == node.target for own in nodes), "the ranks' programs differ"
-        args = [
-            map_arg((own.args, own.kwargs), lambda n, r=r: values[first[r][n]][r])
-            for r, own in enumerate(nodes)
-        ]
-        values[node] = _visit(node, args, ranks)
+        positional: Any
+        keywords: Any
+        positional, keywords = map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "output":
+            return positional[0]
+        if _takes_all(node.target):
+            values[node] = yield _Meeting(node.target, positional)
+        else:
+            with rank:
+                values[node] = node.target(*positional, **keywords)  # type: ignore[operator]
         for used in node.all_input_nodes:
             remaining[used] -= 1
             if not remaining[used]:
                 del values[used]
-        if node.op == "output":
-            return values[node]
     raise AssertionError("the graph has no output")
 
 
-def _visit(
-    node: fx.Node,
-    args: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
-    ranks: Sequence[Communicator],
-) -> list[Any]:
-    if node.op == "output":
-        return [own[0][0] for own in args]
-    if isinstance(node.target, Region):
-        return _again(node.target, [own[0] for own in args], ranks)
-    row = collective(node.target)
-    if row is not None:
-        return _together(row, [own[0] for own in args], ranks[0].layout)
-    if (round_trip := ring(node.target)) is not None:
-        return _around(round_trip, [own[0] for own in args], ranks)
-    if (round_trip := ring_backward(node.target)) is not None:
-        return _back_around(round_trip, [own[0] for own in args], ranks)
-    results: list[Any] = []
-    for rank, (positional, keywords) in zip(ranks, args, strict=True):
-        with rank:
-            results.append(node.target(*positional, **keywords))  # type: ignore[operator]
-    return results
+def _takes_all(target: Any) -> bool:
+    """Whether an operator is one of several ranks."""
+    if isinstance(target, Region):
+        return True
+    return any(row(target) is not None for row in (collective, ring, ring_backward))
+
+
+def _meet(target: Any, args: list[tuple[Any, ...]], ranks: Sequence[Communicator]) -> Sequence[Any]:
+    """The result of an operator of several ranks, for each of them."""
+    if isinstance(target, Region):
+        return _again(target, args, ranks)
+    if (row := collective(target)) is not None:
+        return _together(row, args, ranks[0].layout)
+    if (round_trip := ring(target)) is not None:
+        return _around(round_trip, args, ranks)
+    round_trip = ring_backward(target)
+    assert round_trip is not None
+    return _back_around(round_trip, args, ranks)
 
 
 def _together(row: Collective, args: list[tuple[Any, ...]], layout: Layout) -> list[Any]:

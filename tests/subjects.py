@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import models
@@ -80,5 +81,6 @@ def step_on_a_rank(
         parallel = parallelize(model, mesh, plan, batch=example)
         loss, _ = parallel(**parallel.local_batch(fed))
         loss.backward()
-        found = parallel.full_gradients()
-    return loss.detach(), {n: g for n, g in found.items() if g is not None}
+        found, shapes = parallel.full_gradients(), parallel.full_state_dict()
+    unused = {n: torch.zeros_like(shapes[n]) for n, g in found.items() if g is None}
+    return loss.detach(), {n: g for n, g in found.items() if g is not None} | unused
