@@ -58,7 +58,7 @@ def _run(
 ) -> list[tuple[Any, ...]]:
     """Each rank's results of its graph; ``arguments`` are its placeholders and constants."""
     runs = [_rank(*own) for own in zip(graphs, arguments, ranks, strict=True)]
-    answers: list[Any] = [None] * len(runs)
+    answers: Sequence[Any] = [None] * len(runs)
     while True:
         requests: list[Any] = []
         for run, answer in zip(runs, answers, strict=True):

@@ -299,7 +299,7 @@ def _lonely_piece(node: fx.Node) -> tuple[int, int, int] | None:
     if not isinstance(source, fx.Node) or source.target not in _SPLITS:
         return None
     pieces: Any = roles.value(source)
-    if len({user.args[1] for user in source.users}) == len(pieces):
+    if len({str(user.args[1]) for user in source.users}) == len(pieces):
         return None
     dim: int = argument(source, 2, "dim", 0) % pieces[0].dim()
     start = sum(piece.shape[dim] for piece in pieces[: node.args[1]])  # type: ignore[misc]
