@@ -351,14 +351,24 @@ def _rule(body: _Body) -> Rule:
 
 
 def _shared(x: fx.Node, dim: int, quantum: dict[str, int]) -> str | None:
-    """The factor of a dimension of which the ranks along an axis have their shares."""
+    """The factor of a dimension of which ranks have their shares; none where each has it whole.
+
+    It is named for the ranks, as operands may be placed in views with other names for them.
+    """
     placement = roles.placement(x)
-    for axis in placement.axes_of_dim(dim) if placement else ():
-        kind = placement.kind(axis.name) if placement else None
-        if axis.size > 1 and isinstance(kind, Shard):
-            factor = f"of_{axis.name}"
-            if kind.blocks == 1:
-                return factor
-            quantum[blocks := f"B{kind.blocks}"] = kind.blocks
-            return f"{blocks}.{factor}"
-    return None
+    if placement is None:
+        return None
+    spans: list[tuple[int, int]] = []  # of the ranks along each axis; neighbours are one
+    blocks = 1
+    for (low, high), kind in zip(placement.view.spans(), placement.kinds, strict=True):
+        if isinstance(kind, Shard) and kind.dim == dim and low < high:
+            joined = spans.pop()[1] if spans and spans[-1][0] == high else high
+            spans.append((low, joined))
+            blocks = kind.blocks
+    if not spans:
+        return None
+    factor = "of_" + "_".join(f"{low}to{high}" for low, high in spans)
+    if blocks == 1:
+        return factor
+    quantum[f"B{blocks}"] = blocks
+    return f"B{blocks}.{factor}"

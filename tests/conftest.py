@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import moptrace
 from _report import examples, record_examples, remarks
 from gloo import Ranks
 
@@ -29,6 +32,12 @@ if not torch.cuda.is_available():
 # "python -m pytest" puts the root first, where bare "passes" and "kernels" would be found.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+# Hypothesis also draws the constants that it finds in the modules imported so far. With all of them
+# here, a seed means the same examples whatever else a worker ran before, on every machine.
+for module in pkgutil.walk_packages(moptrace.__path__, "moptrace."):
+    if "triton" not in module.name and not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
 
 # One example of the equivalence property is a model on several meshes and plans: seconds, not
 # milliseconds, so there is no deadline. "make test-all" chooses the profile "all".

@@ -167,6 +167,16 @@ def test_experts_are_still_one_operator(name: str) -> None:
     assert not program.notes
 
 
+def test_operands_may_have_other_names_for_the_ranks_that_share_hidden_units() -> None:
+    # Chunks use a bias again, in the view of experts; a weight is used in the view of tokens.
+    model = ModelSpec(style="loop_where", gating="swiglu", biases=True).build()
+    fed = models.batch(size=8, length=12, vocabulary=13)
+    plan = Plan(tp=2, cp=2, ep=1, etp=2, edp="replicate", expert_tokens=17).resolve(4, [])
+    program = sharded(plan, 4)(canonical()(trace(model, fed)))
+    assert any(isinstance(node.target, ExpertFunction) for node in program.nodes)
+    assert_same_step(simulated_step(program, whole_state(model), fed), eager_step(model, fed))
+
+
 def stored(program: Program, *words: str) -> str:
     nodes = program.graph.find_nodes(op="placeholder")
     node = next(n for n in nodes if all(word in n.name for word in words))
