@@ -11,13 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import moptrace.kernels.host_memory  # noqa: F401  registers the operators
 from moptrace import roles
 from moptrace.collectives import collective
 from moptrace.core import Program
 
-__all__ = ["Alive", "Peak", "peak_memory", "storages", "write_backs"]
+__all__ = [
+    "Alive",
+    "Peak",
+    "lifetimes",
+    "peak_memory",
+    "sizes_of_values",
+    "storages",
+    "write_backs",
+]
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.moptrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +41,20 @@ class Alive:
 class Peak:
     """The most memory that the values of a program take: where, and the values alive there.
 
-    ``bytes`` is the sum over ``alive``, the largest first.
+    ``bytes`` is the sum over ``alive``, the largest first. ``host_bytes`` is the most that values
+    take in the memory of the host, where an ``offload`` sent them; it is no part of ``bytes``.
     """
 
     bytes: int
     node: str
     alive: tuple[Alive, ...]
+    host_bytes: int = 0
 
     def __str__(self) -> str:
         shown = [f"  {x.bytes:>15,}  %{x.name}" for x in self.alive[:20]]
         rest = [f"  ... and {len(self.alive) - 20} more"] if len(self.alive) > 20 else []
-        return "\n".join([f"{self.bytes:,} bytes at %{self.node}:", *shown, *rest])
+        host = f", and at most {self.host_bytes:,} on the host" if self.host_bytes else ""
+        return "\n".join([f"{self.bytes:,} bytes at %{self.node}{host}:", *shown, *rest])
 
 
 def peak_memory(program: Program) -> Peak:
@@ -53,40 +65,61 @@ def peak_memory(program: Program) -> Peak:
     gone, as soon as nothing needs the old one (``write_backs``). Routed rows are counted as if
     every rank got as many as it sends. What operators need while they run is not counted.
     """
-    nodes = list(program.nodes)
+    spans = lifetimes(program)
+    sizes = sizes_of_values(program)
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for node, final in spans.items():
+        ends.setdefault(final, []).append(node)
+    alive: dict[fx.Node, int] = {}
+    total, best, at, there = 0, -1, program.graph.output_node(), dict[fx.Node, int]()
+    host, most = 0, 0
+    for node in program.nodes:
+        if _is_on_host(node):
+            host += sizes[node]
+            most = max(most, host)
+        elif node in spans:
+            alive[node] = sizes[node]
+            total += sizes[node]
+        if total > best:
+            best, at, there = total, node, dict(alive)
+        for gone in ends.get(node, ()):
+            if gone in alive:
+                total -= alive.pop(gone)
+            else:
+                host -= sizes[gone]
+    shown = sorted((Alive(n.name, b) for n, b in there.items() if b), key=lambda x: -x.bytes)
+    return Peak(best, at.name, tuple(shown), most)
+
+
+def lifetimes(program: Program) -> dict[fx.Node, fx.Node]:
+    """For every value that has memory of its own, the node after which that is free."""
     root = storages(program)
     last = _last_uses(program, root)
-    end = nodes[-1]
+    end = program.graph.output_node()
     written = {new: node for node, pairs in write_backs(program).items() for _, new in pairs}
-    sizes = _symbols(program)
-    bytes_ = {
-        node: _bytes(roles.value(node), sizes)
-        for node in nodes
+    position = {node: at for at, node in enumerate(program.nodes)}
+    until = {
+        node: end if node.op in ("placeholder", "get_attr") else last[node]
+        for node in program.nodes
         if root.get(node) is node and node.op != "output"
     }
-    position = {node: at for at, node in enumerate(nodes)}
-    until = {node: end if node.op in ("placeholder", "get_attr") else last[node] for node in bytes_}
     for output, node in zip(program.signature.outputs, program.outputs, strict=True):
         owner = root[node]
         if output.updates is None or node not in written:
             until[owner] = end
         elif owner.op not in ("placeholder", "get_attr"):
             until[owner] = max(until[owner], written[node], key=position.__getitem__)
-    ends: dict[fx.Node, list[fx.Node]] = {}
-    for node, final in until.items():
-        ends.setdefault(final, []).append(node)
-    alive: dict[fx.Node, int] = {}
-    total, best, at, there = 0, -1, end, dict[fx.Node, int]()
-    for node in nodes:
-        if node in bytes_:
-            alive[node] = bytes_[node]
-            total += bytes_[node]
-        if total > best:
-            best, at, there = total, node, dict(alive)
-        for gone in ends.get(node, ()):
-            total -= alive.pop(gone)
-    shown = sorted((Alive(n.name, b) for n, b in there.items() if b), key=lambda x: -x.bytes)
-    return Peak(best, at.name, tuple(shown))
+    return until
+
+
+def sizes_of_values(program: Program) -> dict[fx.Node, int]:
+    """The bytes of every value; of a list or a tuple none, since its elements are values."""
+    symbols = _symbols(program)
+    return {node: _bytes(roles.value(node), symbols) for node in program.nodes}
+
+
+def _is_on_host(node: fx.Node) -> bool:
+    return node.target is ops.offload.default
 
 
 def storages(program: Program) -> dict[fx.Node, fx.Node]:
