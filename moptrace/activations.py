@@ -104,6 +104,8 @@ class Activations:
         """
         if node not in self.active or node.op != "call_function" or node.is_impure():
             return False
+        if node.target is ops.offload.default:
+            return False
         if node.target is operator.getitem:
             source: Any = node.args[0]
             return self.may_be_again(source, collectives) or rows_of_dispatch(node)

@@ -21,8 +21,10 @@ __all__ = [
     "Peak",
     "lifetimes",
     "peak_memory",
+    "shape_of",
     "sizes_of_values",
     "storages",
+    "symbols_of",
     "write_backs",
 ]
 
@@ -114,7 +116,7 @@ def lifetimes(program: Program) -> dict[fx.Node, fx.Node]:
 
 def sizes_of_values(program: Program) -> dict[fx.Node, int]:
     """The bytes of every value; of a list or a tuple none, since its elements are values."""
-    symbols = _symbols(program)
+    symbols = symbols_of(program)
     return {node: _bytes(roles.value(node), symbols) for node in program.nodes}
 
 
@@ -168,27 +170,29 @@ def _last_uses(program: Program, root: Mapping[fx.Node, fx.Node]) -> dict[fx.Nod
 _UNMARKED_VIEWS = (aten.reshape.default, aten._unsafe_view.default)
 
 
-def _bytes(value: Any, sizes: Mapping[Any, int]) -> int:
+def shape_of(value: Tensor, symbols: Mapping[Any, int]) -> tuple[int, ...]:
+    """A tensor's shape, with the numbers that its symbols stand for."""
+    return tuple(
+        int(n.node.expr.subs(symbols)) if isinstance(n, torch.SymInt) else n for n in value.shape
+    )
+
+
+def _bytes(value: Any, symbols: Mapping[Any, int]) -> int:
     """The bytes of a tensor; those of a list are its elements' own."""
     if not isinstance(value, Tensor):
         return 0
-    return math.prod(_size(n, sizes) for n in value.shape) * value.element_size()
+    return math.prod(shape_of(value, symbols)) * value.element_size()
 
 
-def _size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int:
-    return int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size
-
-
-def _symbols(program: Program) -> dict[Any, int]:
+def symbols_of(program: Program) -> dict[Any, int]:
     """How many rows every symbol stands for under balanced routing."""
     found: dict[Any, int] = {}
     for node in program.nodes:
         row = collective(node.target)
         if row is not None and row.moves_rows:
             received: Any = roles.tensor(node).shape[0]
-            sent = roles.tensor(node.args[0]).shape[0]  # type: ignore[arg-type]
             if isinstance(received, torch.SymInt):
-                rows = _size(sent, found)
+                rows = shape_of(roles.tensor(node.args[0]), found)[0]  # type: ignore[arg-type]
                 if row.name == "all_gather_rows":
                     assert program.layout is not None
                     rows *= program.layout.size(str(node.args[2]))

@@ -15,8 +15,11 @@ from moptrace.errors import StepError
 from moptrace.liveness import Peak, peak_memory, write_backs
 from moptrace.parallel import ParallelModule
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
+from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.clip_gradients import NORM, clip_gradients
 from moptrace.passes.differentiate import differentiate
+from moptrace.passes.fit_activations import fit_activations
+from moptrace.passes.offload import offload
 from moptrace.passes.recompute import recompute
 from moptrace.passes.shard_parameters import batch_sizes, is_split
 
@@ -29,6 +32,7 @@ def train_step(
     *,
     max_norm: float | None = None,
     accumulate: int = 1,
+    activations: str | int | Pass = "keep",
     schedule: Pass | None = None,
 ) -> TrainStep:
     """Forward, loss, backward, reductions, clipping and optimizer as one graph.
@@ -36,8 +40,13 @@ def train_step(
     ``model`` is what ``parallelize`` returned, ``optimizer`` any ``torch.optim`` optimizer of its
     parameters that treats every element alike. Gradients are scaled down to a global norm of
     ``max_norm``, the norm that the unsharded model has; None leaves them. With ``accumulate``
-    micro-batches to a step, the loss is the mean over all their tokens. ``schedule`` is a pass, or
-    a chain of passes, over the finished step, such as ``passes.recompute.regather``.
+    micro-batches to a step, the loss is the mean over all their tokens.
+
+    ``activations`` says what is kept from forward to backward: ``"keep"`` everything,
+    ``"checkpoint"`` what enters each layer, ``"offload"`` that in the memory of the host; a number
+    of bytes, within which the step's peak is brought at the least cost (``fit_activations``); or a
+    pass, such as ``passes.checkpoint.checkpoint("attention")``. ``schedule`` is a pass, or a chain
+    of passes, over what results, such as ``passes.recompute.regather``.
 
         step = moptrace.train_step(model, optimizer, max_norm=1.0)
         loss = step(input_ids=ids, labels=labels)
@@ -46,10 +55,26 @@ def train_step(
     ``optimizer``: schedulers, ``state_dict``, ``torch.distributed.checkpoint`` and ordinary steps
     through ``backward`` work before, between and after.
 
-    Raises StepError for parameters that are not the model's, that the loss does not depend on, and
-    for optimizers that cannot be recorded.
+    Raises StepError for parameters that are not the model's, that the loss does not depend on, for
+    optimizers that cannot be recorded, and for a number of bytes within which no choice is.
     """
-    return TrainStep(model, optimizer, max_norm, accumulate, schedule)
+    passes = [*_policy(activations), *([schedule] if schedule else [])]
+    return TrainStep(model, optimizer, max_norm, accumulate, chain(*passes) if passes else None)
+
+
+def _policy(activations: str | int | Pass) -> list[Pass]:
+    """The passes that ``train_step(activations=)`` names."""
+    if isinstance(activations, Pass):
+        return [activations]
+    if isinstance(activations, int) and not isinstance(activations, bool) and activations > 0:
+        return [fit_activations(activations)]
+    known = {"keep": [], "checkpoint": [checkpoint()], "offload": [checkpoint(), offload()]}
+    if activations not in known:
+        raise StepError(
+            f"activations={activations!r} is none of {', '.join(map(repr, known))}, a positive "
+            "number of bytes, or a pass"
+        )
+    return known[activations]
 
 
 class TrainStep:

@@ -12,7 +12,7 @@ from moptrace.activations import rows_of_dispatch
 from moptrace.collectives import collective
 from moptrace.core import Level, Pass, Program, erase_dead
 
-__all__ = ["computed_again", "recompute", "regather"]
+__all__ = ["computed_again", "dispatched", "recompute", "regather"]
 
 aten = torch.ops.aten
 
@@ -110,13 +110,13 @@ def computed_again(program: Program, is_again: Callable[[fx.Node], bool]) -> Pro
 
 
 def _needed_again(node: fx.Node) -> list[fx.Node]:
-    return [*_dispatched(node)] if rows_of_dispatch(node) else node.all_input_nodes
+    return [*dispatched(node)] if rows_of_dispatch(node) else node.all_input_nodes
 
 
 def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
     if not rows_of_dispatch(node):
         return graph.node_copy(node, lambda x: copies.get(x, x))
-    tokens, experts, order = (copies.get(x, x) for x in _dispatched(node))
+    tokens, experts, order = (copies.get(x, x) for x in dispatched(node))
     choices = roles.tensor(experts).shape[1]
     token = graph.call_function(aten.floor_divide.default, (order, choices))
     roles.copy_role(token, of=order, backward=True)
@@ -127,7 +127,7 @@ def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> f
     return rows
 
 
-def _dispatched(rows: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+def dispatched(rows: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
     """The tokens of a dispatch, the experts that they chose, and the order of its rows."""
     dispatch = rows.args[0]
     assert isinstance(dispatch, fx.Node)
