@@ -73,7 +73,8 @@ def _(x: Tensor, *, device: torch.device) -> Tensor:
     stream = _side_stream(back.device)
     with torch.cuda.stream(stream):
         back.copy_(x, non_blocking=True)
-        _copied[back.data_ptr()] = stream.record_event()
+    _copied[back.data_ptr()] = event = torch.cuda.Event()
+    event.record(stream)
     return back
 
 

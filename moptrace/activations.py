@@ -48,7 +48,8 @@ _SILENT = ("vary", "count_once", "take_shard", "take_replicated", "place_shard")
 class Phase:
     """The forward and the backward of one micro-batch, in order.
 
-    Of the forward, the nodes that depend on parameters and on the batch. ``entries`` are the values that enter its layers, and the one that leaves the last.
+    Of the forward, the nodes that depend on parameters and on the batch. ``entries`` are the values
+    that enter its layers, and the one that leaves the last.
     """
 
     forward: tuple[fx.Node, ...]
@@ -151,12 +152,14 @@ def decides(node: fx.Node) -> bool:
     Such as a top-k, a comparison, or the dispatch of tokens. A second time it could decide
     otherwise; a random operator that also gives numbers, such as dropout, draws the same again.
     """
-    results = pytree.tree_leaves(roles.value(node))
-    whole = [not (isinstance(x, Tensor) and x.is_floating_point()) for x in results]
+    whole = [not _is_real(x) for x in pytree.tree_leaves(roles.value(node))]
     if node.target is draw:
         return all(whole)
-    operands = [roles.value(x) for x in node.all_input_nodes]
-    return any(whole) and any(isinstance(x, Tensor) and x.is_floating_point() for x in operands)
+    return any(whole) and any(_is_real(roles.value(x)) for x in node.all_input_nodes)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def rows_of_dispatch(node: fx.Node) -> bool:

@@ -1,11 +1,12 @@
 """Keep, compute again, or send to the host: the cheapest choice within a budget of bytes.
 
-Every forward value with memory of its own is one of three from forward to backward: *kept*, computed
-*again*, or *sent* to the host. The choice is an integer program. Its costs are seconds on an assumed
-machine (``moptrace/costs.py``). Its rows say what is alive at some moment of the step, as a function
-of the choice: a kept value from its definition to its last use; one that was sent until its last use
-in forward, and from one layer ahead of its use; a copy from the moment when it is made, which is its
-first use or that of a copy that needs it. Values at the same place of like layers share a choice.
+Every forward value with memory of its own is one of three from forward to backward: *kept*,
+computed *again*, or *sent* to the host. The choice is an integer program. Its costs are seconds on
+an assumed machine (``moptrace/costs.py``). Its rows say what is alive at some moment of the step,
+as a function of the choice: a kept value from its definition to its last use; one that is sent
+until its last use in forward, and from one layer ahead of its next use; a copy from the moment when
+it is made, which is its first use or that of a copy that needs it. Values at the same place of like
+layers share a choice.
 
 The rows describe the step before it is changed, so each solution is applied and its peak predicted
 anew (``moptrace/liveness.py``). Where that is over the budget, the moment of the peak becomes one
@@ -220,7 +221,7 @@ class _Problem:
     # --- solving ---
 
     def within(self, budget: int) -> _Found | None:
-        """The cheapest choice whose peak is predicted to be within a budget; None if there is none."""
+        """The cheapest choice whose predicted peak is within a budget, or None."""
         for _ in range(ROUNDS):
             solution = _Rows(self, budget).solve()
             if solution is None:
