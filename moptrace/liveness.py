@@ -49,10 +49,11 @@ def peak_memory(program: Program) -> Peak:
     """The bytes of the values that are alive at once, where they are most.
 
     The program's inputs are alive throughout. Every other value is alive from its node to the last
-    node that uses it or a view of it; what a collective sends is used until the ``wait``, and what it
-    brings takes memory from the ``start`` on. A new value of an input is written over the old one, and then
-    gone, as soon as nothing needs the old one (``write_backs``). Routed rows are counted as if
-    every rank got as many as it sends. What operators need while they run is not counted.
+    node that uses it or a view of it; what a collective sends is used until the ``wait``, and what
+    it brings takes memory from the ``start`` on. A new value of an input is written over the old
+    one, and then gone, as soon as nothing needs the old one (``write_backs``). Routed rows are
+    counted as if every rank got as many as it sends. What operators need while they run is not
+    counted.
     """
     nodes = list(program.nodes)
     root = storages(program)

@@ -84,7 +84,7 @@ class _Schedule:
         self._fetch()
         for place, node in enumerate(self.line):
             self.at = place
-            if node in self.done:
+            if node in self.done or node in self.free:  # that starts when it is fetched, or needed
                 continue
             if node in self.heavy:
                 while self._launch():
@@ -97,6 +97,9 @@ class _Schedule:
         """Wait for what the node needs, and do other work until that has arrived."""
         missing = [x for x in node.all_input_nodes if x not in self.done]
         starts = [x.all_input_nodes[0] for x in missing]
+        for started in starts:
+            if started in self.free:
+                self._run(self._path(started) or ())
         arrives = max((self.arrival[x] for x in starts), default=0)
         while self.clock < arrives and (self._launch() or self._work()):
             pass
