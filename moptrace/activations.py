@@ -40,9 +40,6 @@ _FEED_FORWARD = (
 )
 _AFTER_BACKWARD = (Component.CLIPPING, Component.OPTIMIZER)
 
-# What the table of collectives has because of gradients alone.
-_SILENT = ("vary", "count_once", "take_shard", "take_replicated", "place_shard")
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -172,7 +169,7 @@ def communicates(node: fx.Node) -> bool:
     """Whether ranks exchange values for this operator."""
     row = collective(node.target)
     if row is not None:
-        return row.name not in _SILENT
+        return row.travels
     return ring(node.target) is not None or ring_backward(node.target) is not None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 import moptrace.kernels.host_memory  # noqa: F401  registers the operators
 from moptrace import roles
-from moptrace.collectives import collective
+from moptrace.collectives import COLLECTIVES, collective, start, wait
 from moptrace.core import Program
 
 __all__ = [
@@ -63,9 +63,11 @@ def peak_memory(program: Program) -> Peak:
     """The bytes of the values that are alive at once, where they are most.
 
     The program's inputs are alive throughout. Every other value is alive from its node to the last
-    node that uses it or a view of it. A new value of an input is written over the old one, and then
-    gone, as soon as nothing needs the old one (``write_backs``). Routed rows are counted as if
-    every rank got as many as it sends. What operators need while they run is not counted.
+    node that uses it or a view of it; what a collective sends is used until the ``wait``, and what
+    it brings takes memory from the ``start`` on. A new value of an input is written over the old
+    one, and then gone, as soon as nothing needs the old one (``write_backs``). Routed rows are
+    counted as if every rank got as many as it sends. What operators need while they run is not
+    counted.
     """
     spans = lifetimes(program)
     sizes = sizes_of_values(program)
@@ -132,6 +134,8 @@ def storages(program: Program) -> dict[fx.Node, fx.Node]:
         is_view = getattr(node.target, "is_view", False) or node.target in _UNMARKED_VIEWS
         if node.target is operator.getitem:  # of a list of views, such as the pieces of a split
             is_view = root[source] is not source
+        if node.target is wait:  # the memory into which the start lets it come
+            is_view = True
         root[node] = root[source] if is_view and isinstance(source, fx.Node) else node
     return root
 
@@ -164,6 +168,9 @@ def _last_uses(program: Program, root: Mapping[fx.Node, fx.Node]) -> dict[fx.Nod
         last[root[node]] = node
         for operand in node.all_input_nodes:
             last[root[operand]] = node
+        if node.target is wait:
+            for sent in node.all_input_nodes[0].all_input_nodes:
+                last[root[sent]] = node
     return last
 
 
@@ -188,13 +195,15 @@ def symbols_of(program: Program) -> dict[Any, int]:
     """How many rows every symbol stands for under balanced routing."""
     found: dict[Any, int] = {}
     for node in program.nodes:
-        row = collective(node.target)
+        row, args = collective(node.target), node.args
+        if node.target is start:
+            row, args = COLLECTIVES[str(args[0])], args[1:]
         if row is not None and row.moves_rows:
             received: Any = roles.tensor(node).shape[0]
             if isinstance(received, torch.SymInt):
-                rows = shape_of(roles.tensor(node.args[0]), found)[0]  # type: ignore[arg-type]
+                rows = shape_of(roles.tensor(args[0]), found)[0]  # type: ignore[arg-type]
                 if row.name == "all_gather_rows":
                     assert program.layout is not None
-                    rows *= program.layout.size(str(node.args[2]))
+                    rows *= program.layout.size(str(args[2]))
                 found.setdefault(received.node.expr, rows)
     return found

@@ -151,9 +151,9 @@ class _Problem:
 
     def _values(self, phase: Phase, collectives: bool) -> Iterator[_Value]:
         root = self.known.root
-        uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node in phase.forward:
-            uses[root[node]] += node.users
+        uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)  # of the value or a view of it
+        for node, owner in root.items():
+            uses[owner] += node.users
         inside = {*phase.forward, *phase.backward}
         made: dict[fx.Node, _Value] = {}
         for node in phase.forward:
