@@ -1,4 +1,4 @@
-"""What each pass over a training step gains: its graph as recorded, scheduled, compiled, in one run.
+"""What each pass over a training step gains: as recorded, scheduled, and compiled, in one run.
 
     python benchmarks/schedule.py
     python benchmarks/schedule.py --tokens 2048 --bandwidth 0.2
