@@ -39,6 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from models import MoEConfig, MoEDecoder
 from moptrace import Plan, collectives, parallelize, train_step
 from moptrace.core import Pass, chain
+from moptrace.passes.default import overlapped
 from moptrace.passes.overlap import overlap
 from moptrace.passes.start_and_wait import start_and_wait
 from moptrace.step import TrainStep
@@ -52,7 +53,7 @@ SCHEDULES: dict[str, Pass | None] = {
     "as recorded": None,
     "gathers ahead": chain(start_and_wait(), overlap(ahead=0, prefetch=2, cover=0, reach=0)),
     "early and late": chain(start_and_wait(), overlap(prefetch=0, cover=0)),
-    ALL: chain(start_and_wait(), overlap()),
+    ALL: overlapped(),
 }
 
 
@@ -160,7 +161,9 @@ def on_a_rank(rank: int, folder: str, options: Options) -> None:
         with linked(link):
             own = batch(options, rank)
             systems = steps(options)
-            losses = {name: [step(**own).item() for _ in range(3)] for name, step in systems.items()}
+            losses = {
+                name: [step(**own).item() for _ in range(3)] for name, step in systems.items()
+            }
             seconds: dict[str, list[float]] = {NO_LINK: [], **{name: [] for name in systems}}
             for _ in range(options.rounds):
                 for name in seconds:
@@ -219,8 +222,8 @@ def main() -> None:
             f"{peaks[name] / 2**20:,.0f}",
         )
     facts = [
-        f"{options.ranks} gloo ranks, 1 thread each, ep={options.ranks}; medians of "
-        f"{options.rounds} rounds",
+        f"{options.ranks} gloo ranks, 1 thread each, ep={options.ranks}",
+        f"medians of {options.rounds} rounds",
         f"each rank's link: {options.bandwidth} GB/s, {options.latency} microseconds",
     ]
     publish(console, "overlap", "Communication that a step hides", facts, [shown], failures)

@@ -21,7 +21,7 @@ from moptrace.activations import communicates
 from moptrace.core import Program
 from moptrace.liveness import shape_of, sizes_of_values, storages, symbols_of
 
-__all__ = ["Machine", "operator_costs"]
+__all__ = ["Machine", "multiplies", "operator_costs"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -33,13 +33,15 @@ class Machine:
     """What a rank is assumed to do in a second: the defaults are of the order of one H100.
 
     ``flops`` of matrix products; bytes of its memory (``memory``), to other ranks (``link``), and
-    to or from the memory of the host (``host``).
+    to or from the memory of the host (``host``). ``latency`` are the seconds that a collective
+    takes beside what it sends.
     """
 
     flops: float = 4e14
     memory: float = 2e12
     link: float = 5e10
     host: float = 2.5e10
+    latency: float = 1e-5
 
 
 def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
@@ -65,12 +67,21 @@ def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
     return found
 
 
+def multiplies(node: fx.Node) -> bool:
+    """Whether an operator multiplies matrices, as attention does too."""
+    return _count(node.target) is not None
+
+
 def _products(target: Any, shapes: list[Shape]) -> float:
     """The floating-point operations of an operator's matrix products."""
-    count = _PRODUCTS.get(target)
-    if count is None and "attention" in getattr(target, "__name__", str(target)):
-        count = _attention
+    count = _count(target)
     return count(shapes) if count is not None else 0.0
+
+
+def _count(target: Any) -> Callable[[list[Shape]], float] | None:
+    if "attention" in getattr(target, "__name__", str(target)):
+        return _attention
+    return _PRODUCTS.get(target)
 
 
 def _product(shapes: list[Shape]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,19 +12,24 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from moptrace.core import Output, Pass, Program, chain
+from moptrace.costs import Machine
 from moptrace.errors import StepError
 from moptrace.liveness import Peak, peak_memory, write_backs
 from moptrace.parallel import ParallelModule
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
 from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.clip_gradients import NORM, clip_gradients
+from moptrace.passes.default import overlapped
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.fit_activations import fit_activations
 from moptrace.passes.offload import offload
 from moptrace.passes.recompute import recompute
 from moptrace.passes.shard_parameters import batch_sizes, is_split
+from moptrace.timeline import Timeline, measure, predict, write
 
 __all__ = ["Stepper", "TrainStep", "train_step"]
+
+_OVERLAPPED = overlapped()
 
 
 def train_step(
@@ -33,7 +39,7 @@ def train_step(
     max_norm: float | None = None,
     accumulate: int = 1,
     activations: str | int | Pass = "keep",
-    schedule: Pass | None = None,
+    schedule: Pass | None = _OVERLAPPED,
 ) -> TrainStep:
     """Forward, loss, backward, reductions, clipping and optimizer as one graph.
 
@@ -46,7 +52,9 @@ def train_step(
     ``"checkpoint"`` what enters each layer, ``"offload"`` that in the memory of the host; a number
     of bytes, within which the step's peak is brought at the least cost (``fit_activations``); or a
     pass, such as ``passes.checkpoint.checkpoint("attention")``. ``schedule`` is a pass, or a chain
-    of passes, over what results, such as ``passes.recompute.regather``.
+    of passes, over what results: by default collectives start early, and are waited for late, while
+    others compute (``passes.default.overlapped``); with None they run where they stand. Gathering
+    parameters again in backward is ``chain(regather(), overlapped())``.
 
         step = moptrace.train_step(model, optimizer, max_norm=1.0)
         loss = step(input_ids=ids, labels=labels)
@@ -113,6 +121,28 @@ class TrainStep:
             raise StepError("no step has run yet: step.program is traced for the first batch")
         return self._program
 
+    def timeline(self, machine: Machine | None = None) -> Timeline:
+        """What the step that ran last would do when on a machine, by default one like an H100."""
+        return predict(self.program, machine)
+
+    def trace(self, path: str | Path, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a step as a call does, and write what ran when on this rank, for Perfetto.
+
+        The file has two processes: the step as it was measured, node by node, and as
+        ``timeline()`` predicts it. Returns the loss.
+        """
+        batch = self.model.named(args, kwargs)
+        measured: list[Timeline] = []
+
+        def run(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Any:
+            results, found = measure(module, arguments, torch.device(self.model.device))
+            measured.append(found)
+            return results
+
+        loss = self._step([_part(batch, i, self.accumulate) for i in range(self.accumulate)], run)
+        write(path, {"measured": measured[0], "predicted": self.timeline()})
+        return loss
+
     def peak_memory(self) -> Peak:
         """The most bytes that the step's values take on this rank, and the tensors alive then."""
         return peak_memory(self.program)
@@ -134,7 +164,11 @@ class TrainStep:
         given, self._waiting = self._waiting, []
         return self._step(given)
 
-    def _step(self, batches: Sequence[Mapping[str, Any]]) -> Tensor:
+    def _step(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        run: Callable[[fx.GraphModule, Sequence[Tensor]], Any] | None = None,
+    ) -> Tensor:
         model = self.model
         if len({model.traced_for(batch) for batch in batches}) > 1:
             raise StepError(
@@ -155,7 +189,8 @@ class TrainStep:
         buffers = [model.get_buffer(b.fqn) for b in signature.buffers]
         states = self._stepper.states(program)
         with torch.no_grad(), model.communicator:
-            results = self._runs[id(program)](*parameters, *buffers, *states, *inputs)
+            module, arguments = self._runs[id(program)], [*parameters, *buffers, *states, *inputs]
+            results = run(module, arguments) if run else module(*arguments)
             model.communicator.step += 1
         self._program = program
         left = [output for output in signature.outputs if output.updates is None]

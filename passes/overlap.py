@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-import torch
 from torch import fx
-from torch.utils.flop_counter import flop_registry
 
 from moptrace import roles
 from moptrace.collectives import start, wait
 from moptrace.core import Level, Pass, Program
+from moptrace.costs import multiplies
 from moptrace.rings import ring, ring_backward
 
 __all__ = ["overlap"]
@@ -50,10 +48,8 @@ def overlap(ahead: int = 1, prefetch: int = 2, cover: int = 2, reach: int = 24) 
 
 
 def _is_heavy(node: fx.Node) -> bool:
-    target: Any = node.target
-    packet = getattr(target, "overloadpacket", None)
-    travels = ring(target) is not None or ring_backward(target) is not None
-    return packet in flop_registry or packet in _PRODUCTS or travels
+    travels = ring(node.target) is not None or ring_backward(node.target) is not None
+    return multiplies(node) or travels
 
 
 class _Schedule:
@@ -216,6 +212,3 @@ def _kind(started: fx.Node) -> tuple[str, str]:
     """The name and the axis of a collective."""
     name, *args = started.args
     return str(name), next(x for x in args if isinstance(x, str))
-
-
-_PRODUCTS = (torch.ops.moptrace.grouped_mm, torch.ops.moptrace.grouped_outer)

@@ -17,7 +17,7 @@ from moptrace import Plan, Program, parallelize, roles, trace, train_step
 from moptrace.collectives import start, wait
 from moptrace.core import Level, chain
 from moptrace.liveness import peak_memory, write_backs
-from moptrace.passes.default import canonical, sharded
+from moptrace.passes.default import canonical, overlapped, sharded
 from moptrace.passes.overlap import overlap
 from moptrace.passes.recompute import regather
 from moptrace.passes.start_and_wait import start_and_wait
@@ -32,7 +32,7 @@ SPEC = ModelSpec(
 )  # fmt: skip
 ONE = replace(SPEC, layers=("moe",))
 CHUNKED = Plan(ep=4, expert_tokens=8, recompute_experts=False)
-OVERLAPPED = chain(start_and_wait(), overlap())
+OVERLAPPED = overlapped()
 
 
 def batch_of(seed: int) -> dict[str, Tensor]:
