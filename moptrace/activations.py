@@ -150,18 +150,19 @@ def decides(node: fx.Node) -> bool:
     otherwise; a random operator that also gives numbers, such as dropout, draws the same again.
     """
     whole = [not _is_real(x) for x in pytree.tree_leaves(roles.value(node))]
-    from_real = any(_is_real(roles.value(x)) for x in node.all_input_nodes)
-    return all(whole) if node.target is draw or is_random(node) else from_real and any(whole)
+    if node.target is draw or is_random(node):
+        return all(whole)
+    return any(whole) and any(_is_real(roles.value(x)) for x in node.all_input_nodes)
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and bool(value.is_floating_point())
 
 
 def rows_of_dispatch(node: fx.Node) -> bool:
     """The copies of tokens that follow from the order which a dispatch decided."""
     source = node.args[0] if node.target is operator.getitem else None
-    return getattr(source, "target", None) is ops.dispatch.default and node.args[1] == 0
+    return getattr(source, "target", None) is ops.dispatch.default and node.args[1:] == (0,)
 
 
 def communicates(node: fx.Node) -> bool:

@@ -21,13 +21,11 @@ from moptrace.core import Pass, chain
 from moptrace.liveness import peak_memory
 from moptrace.passes import recompute
 from moptrace.passes.checkpoint import checkpoint
-from moptrace.passes.default import canonical, sharded
+from moptrace.passes.default import canonical, overlapped, sharded
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.fit_activations import fit_activations
 from moptrace.passes.offload import offload
-from moptrace.passes.overlap import overlap
 from moptrace.passes.recompute import regather
-from moptrace.passes.start_and_wait import start_and_wait
 from moptrace.roles import Component
 from moptrace.simulate import simulate
 from moptrace.testing import ModelSpec, SimulatedSteps, assert_same_weights, whole_state
@@ -54,7 +52,7 @@ POLICIES = {
     "sent to the host": chain(AGAIN, offload()),
     "only sent to the host": offload(),
     "gathered again": chain(AGAIN, regather()),
-    "overlapped": chain(AGAIN, start_and_wait(), overlap()),
+    "overlapped": chain(AGAIN, overlapped()),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from moptrace import Plan, Program, errors, trace
 from moptrace.costs import Machine, operator_costs
 from moptrace.liveness import peak_memory
-from moptrace.passes.default import canonical, sharded
+from moptrace.passes.default import canonical, overlapped, sharded
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.fit_activations import _Problem, fit_activations
 from test_checkpoint import (
@@ -48,6 +48,13 @@ def test_the_peak_is_within_the_budget_and_less_costs_more() -> None:
         last = seconds(changed)
         assert decided_in_backward(changed) == decided_in_backward(program)
         assert changed.notes[-1].startswith("fit_activations: a predicted peak of")
+
+
+def test_the_budget_is_that_of_the_scheduled_step() -> None:
+    program, schedule = program_of(), overlapped()
+    budget = int(0.8 * peak_memory(schedule(program)).bytes)
+    fitted = fit_activations(budget, collectives=True, before=schedule)(program)
+    assert peak_memory(schedule(fitted)).bytes <= budget
 
 
 def test_what_fits_is_left_alone() -> None:
@@ -93,7 +100,7 @@ def test_like_layers_share_their_choices() -> None:
     def problem(layers: int, groups: int) -> _Problem:
         spec = replace(SPEC, layers=("dense",) * layers, attention="", balance=0.0)
         program = canonical()(trace(spec.build(), batch_of(9)))
-        return _Problem(differentiate()(sharded(Plan(ep=1), 1)(program)), MACHINE, False, groups)
+        return _Problem(differentiate()(sharded(Plan(ep=1), 1)(program)), MACHINE, groups=groups)
 
     few, many, apart = problem(3, 1), problem(6, 1), problem(6, 3)
     assert few.choices == many.choices < apart.choices
