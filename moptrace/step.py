@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from moptrace.activations import communicates
+from moptrace.collectives import start
 from moptrace.core import Output, Pass, Program, chain
 from moptrace.costs import Machine
 from moptrace.errors import StepError
@@ -177,6 +180,7 @@ class TrainStep:
             )
         program = self._stepper.program(model.local_program(batches[0]), model.device)
         if id(program) not in self._runs:
+            self._check_order(program)
             self._runs[id(program)] = executable(program, model.device)
         inputs = [
             x.to(model.device)
@@ -196,6 +200,17 @@ class TrainStep:
         left = [output for output in signature.outputs if output.updates is None]
         self.grad_norm = self._stepper.finish(zip(left, results, strict=True), self._like)
         return results[0]
+
+    def _check_order(self, program: Program) -> None:
+        """Ranks that run collectives in different orders would wait for ever."""
+        orders = self.model.differences(order_of_collectives(program))
+        if orders:
+            at, names = next((i, x) for i, x in enumerate(zip_longest(*orders)) if len({*x}) > 1)
+            raise StepError(
+                f"the ranks' steps differ from collective {at} on, which from rank 0 on is "
+                f"{', '.join(map(str, names))}. Give all ranks one schedule, whose decisions do "
+                "not depend on a rank's own sizes."
+            )
 
     def _like(self, fqn: str, value: Tensor) -> Tensor:
         """A new entry of the state is held as its parameter, if it is of that shape."""
@@ -303,6 +318,17 @@ class Stepper:
                 )
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask
         return norm
+
+
+def order_of_collectives(program: Program) -> list[str]:
+    """What the ranks must run in one order: each operator that takes several of them, by name."""
+    names: list[str] = []
+    for node in program.nodes:
+        if node.target is start:
+            names.append(str(node.args[0]))
+        elif communicates(node):
+            names.append(str(node.target))
+    return names
 
 
 def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
