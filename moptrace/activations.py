@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from moptrace import roles
 from moptrace.collectives import collective
-from moptrace.core import Program
+from moptrace.core import Program, is_random
 from moptrace.liveness import storages
 from moptrace.random import draw
 from moptrace.rings import ring, ring_backward
@@ -100,15 +100,15 @@ class Activations:
         What is made of parameters alone, or of the batch alone, is left (``regather`` is for the
         former). A decision is made once, and so is what is not a tensor, such as a number of rows.
         """
-        if node not in self.active or node.op != "call_function" or node.is_impure():
+        if node not in self.active or node.op != "call_function":
             return False
-        if node.target is ops.offload.default:
+        if (node.is_impure() and not is_random(node)) or node.target is ops.offload.default:
             return False
         if node.target is operator.getitem:
             source: Any = node.args[0]
             return self.may_be_again(source, collectives) or rows_of_dispatch(node)
         results = pytree.tree_leaves(roles.value(node))
-        if decides(node) or not all(isinstance(x, Tensor) for x in results):
+        if decides(node) or not any(isinstance(x, Tensor) for x in results):
             return False
         if communicates(node):
             return collectives and all(x.is_floating_point() for x in results)
@@ -150,19 +150,19 @@ def decides(node: fx.Node) -> bool:
     otherwise; a random operator that also gives numbers, such as dropout, draws the same again.
     """
     whole = [not _is_real(x) for x in pytree.tree_leaves(roles.value(node))]
-    if node.target is draw:
+    if node.target is draw or is_random(node):
         return all(whole)
     return any(whole) and any(_is_real(roles.value(x)) for x in node.all_input_nodes)
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and bool(value.is_floating_point())
 
 
 def rows_of_dispatch(node: fx.Node) -> bool:
     """The copies of tokens that follow from the order which a dispatch decided."""
     source = node.args[0] if node.target is operator.getitem else None
-    return getattr(source, "target", None) is ops.dispatch.default and node.args[1] == 0
+    return getattr(source, "target", None) is ops.dispatch.default and node.args[1:] == (0,)
 
 
 def communicates(node: fx.Node) -> bool:

@@ -373,6 +373,10 @@ def erase_dead(graph: fx.Graph, keep: Sequence[fx.Node] = ()) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("placeholder", "output") or node.users or node in kept:
             continue
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if random or not node.is_impure():
+        if is_random(node) or not node.is_impure():
             graph.erase_node(node)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the node's operator may draw numbers; attention may, even where it drops nothing."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from moptrace import roles
-from moptrace.core import erase_dead
+from moptrace.core import erase_dead, is_random
 from moptrace.random import draw
 from moptrace.roles import Role
 
@@ -237,11 +237,7 @@ def wrap_draws(tape: Tape, site: int, axes: Sequence[str], apart: int) -> None:
 
     The second and later ones of a site get sites of their own, ``apart`` from one another.
     """
-    random = [
-        node
-        for node in tape.new_nodes()
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    ]
+    random = [node for node in tape.new_nodes() if is_random(node)]
     for number, node in enumerate(reversed(random)):
         target: Any = node.target
         node.args = (target, site + number * apart, tuple(axes), *node.args)

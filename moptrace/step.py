@@ -72,17 +72,17 @@ def train_step(
     Raises StepError for parameters that are not the model's, that the loss does not depend on, for
     optimizers that cannot be recorded, and for a number of bytes within which no choice is.
     """
-    passes = [*_policy(activations), *([schedule] if schedule else [])]
+    passes = [*_policy(activations, schedule), *([schedule] if schedule else [])]
     passes += [compile_regions()] if compile else []
     return TrainStep(model, optimizer, max_norm, accumulate, chain(*passes) if passes else None)
 
 
-def _policy(activations: str | int | Pass) -> list[Pass]:
-    """The passes that ``train_step(activations=)`` names."""
+def _policy(activations: str | int | Pass, schedule: Pass | None) -> list[Pass]:
+    """The passes that ``train_step(activations=)`` names, and that come before the schedule."""
     if isinstance(activations, Pass):
         return [activations]
     if isinstance(activations, int) and not isinstance(activations, bool) and activations > 0:
-        return [fit_activations(activations)]
+        return [fit_activations(activations, before=schedule)]
     known = {"keep": [], "checkpoint": [checkpoint()], "offload": [checkpoint(), offload()]}
     if activations not in known:
         raise StepError(

@@ -46,10 +46,13 @@ def fit_activations(
     machine: Machine | None = None,
     collectives: bool = False,
     groups: int = 4,
+    before: Pass | None = None,
 ) -> Pass:
     """Bring the predicted peak of memory within ``budget`` bytes, at the least cost.
 
     The peak is that of ``peak_memory``: parameters, optimizer state and everything else included.
+    It is predicted for the step that a pass makes of the result which runs afterwards, ``before``
+    which this one stands: collectives that start early take memory early.
     ``machine`` says how fast a rank is assumed to compute and to send. Like layers share their
     choices in at most ``groups`` groups of neighbours. What routing decides is decided once, and
     what ranks send each other is sent once, unless ``collectives``: then it may be sent again.
@@ -63,14 +66,14 @@ def fit_activations(
     assumed = machine or Machine()
 
     def rewrite(program: Program) -> Program:
-        if peak_memory(program).bytes <= budget:
+        if _peak(program, before).bytes <= budget:
             return program
         if collectives and not has_equal_shards(program):
             raise StepError(
                 "fit_activations cannot send again what ranks send each other: their shards differ "
                 "in size, so they could choose differently. Leave out collectives=True."
             )
-        problem = _Problem(program, assumed, collectives, groups)
+        problem = _Problem(program, assumed, collectives, groups, before)
         found = problem.within(budget) or problem.least()
         if found.peak.bytes <= budget:
             return found.program.with_note(found.words(assumed))
@@ -83,7 +86,7 @@ def fit_activations(
         )
 
     options = (("budget", budget), ("machine", assumed), ("collectives", collectives))
-    options = (*options, ("groups", groups))
+    options = (*options, ("groups", groups), ("before", str(before)))
     return Pass("fit_activations", rewrite, options, takes=(Level.STEP,), needs=("differentiate",))
 
 
@@ -136,8 +139,15 @@ class _Found:
 class _Problem:
     """The integer program of one step."""
 
-    def __init__(self, program: Program, machine: Machine, collectives: bool, groups: int):
-        self.program, self.machine = program, machine
+    def __init__(
+        self,
+        program: Program,
+        machine: Machine,
+        collectives: bool = False,
+        groups: int = 1,
+        before: Pass | None = None,
+    ):
+        self.program, self.machine, self.before = program, machine, before
         self.known = Activations(program)
         self.nodes = list(program.nodes)
         self.place = {node: at for at, node in enumerate(self.nodes)}
@@ -147,7 +157,10 @@ class _Problem:
         self.values = [value for own in self.phases for value in own]
         self.choices = self._share(groups)
         # At these places there are rows; the numbers of bytes by which they are too generous.
-        self.moments: dict[int, int] = {self.place_of(peak_memory(program)): 0}
+        self.names = {node.name: at for at, node in enumerate(self.nodes)}
+        unchanged = _Found(program, _peak(program, before), {})
+        fullest = max(range(len(self.nodes)), key=self.fixed.__getitem__)
+        self.moments = {self.place_of(unchanged): 0, fullest: 0}
 
     def _values(self, phase: Phase, collectives: bool) -> Iterator[_Value]:
         root = self.known.root
@@ -229,7 +242,7 @@ class _Problem:
             found = self._applied(solution.chosen)
             if found.peak.bytes <= budget:
                 return found
-            self._learn(found.peak, solution)
+            self._learn(found, solution)
         return None
 
     def least(self) -> _Found:
@@ -244,18 +257,23 @@ class _Problem:
                 best = found
             if best.peak.bytes <= CLOSE * max(solution.alive.values()):
                 break
-            self._learn(found.peak, solution)
+            self._learn(found, solution)
         assert best is not None
         return best
 
-    def place_of(self, peak: Peak) -> int:
-        return next(at for at, node in enumerate(self.nodes) if node.name == peak.node)
+    def place_of(self, found: _Found) -> int:
+        """The place of a peak: of a copy or a transfer, that of what it was made for."""
+        program = self.before(found.program) if self.before else found.program
+        node = next(n for n in program.nodes if n.name == found.peak.node)
+        while node.name not in self.names:
+            node = node.next
+        return self.names[node.name]
 
-    def _learn(self, peak: Peak, solution: _Solution) -> None:
+    def _learn(self, found: _Found, solution: _Solution) -> None:
         """Write a row for the moment of a peak, or tighten it by what it did not foresee."""
-        at = self.place_of(peak)
-        foreseen = solution.alive.get(at, peak.bytes)
-        self.moments[at] = self.moments.get(at, 0) + max(peak.bytes - foreseen, 0)
+        at, bytes_ = self.place_of(found), found.peak.bytes
+        unforeseen = bytes_ - solution.alive.get(at, bytes_)
+        self.moments[at] = self.moments.get(at, 0) + max(unforeseen, 0)
 
     def _applied(self, chosen: dict[int, list[_Value]]) -> _Found:
         again = {value.node for value in chosen[AGAIN]}
@@ -263,12 +281,11 @@ class _Problem:
         program = computed_again(self.program, lambda node: node.name in names)
         sent = {value.node.name for value in chosen[SEND]}
         program = sent_to_host(program, sent) if sent else program
-        peak = peak_memory(program)
-        known = {node.name for node in self.nodes}
-        there = next(n for n in program.nodes if n.name == peak.node)
-        while there.name not in known:  # a copy or a transfer: what it was made for comes after
-            there = there.next
-        return _Found(program, Peak(peak.bytes, there.name, peak.alive, peak.host_bytes), chosen)
+        return _Found(program, _peak(program, self.before), chosen)
+
+
+def _peak(program: Program, before: Pass | None) -> Peak:
+    return peak_memory(before(program) if before else program)
 
 
 def _likeness(value: _Value) -> Hashable:

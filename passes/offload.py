@@ -80,7 +80,9 @@ def sent_to_host(program: Program, names: Iterable[str]) -> Program:
             reads = [u for u in reads if not roles.role(u).backward and u.op != "output"]
             last = max([value, *reads], key=place.__getitem__)
             first = min(users, key=place.__getitem__)
-            early = min(phase.starts[layer + 1], first, key=place.__getitem__)
+            later = range(layer + 1, phase.layers + 1)
+            ahead = next((phase.starts[x] for x in later if x in phase.starts), first)
+            early = min(ahead, first, key=place.__getitem__)
             with graph.inserting_after(new[last]):
                 away = _like(graph.call_function(ops.offload.default, (new[value],)), new[value])
             device = roles.tensor(value).device
