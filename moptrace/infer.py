@@ -118,6 +118,8 @@ def _choose(rule: Rule, held: Sequence[Held], parts: int) -> Split | None:
     """The factor to split: what costs least to keep; an expert's weight draws its rows."""
     best: tuple[int, Split] | None = None
     for position, (dims, operand) in enumerate(zip(rule.operands, held, strict=True)):
+        if rule.order not in (None, position):
+            continue
         split = _split_of(rule, dims, operand)
         if split is None or not rule.splittable(split.factor, parts, split.blocks):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from moptrace.dropping import Dropping
 from moptrace.errors import PlanError
 from moptrace.placement import Layout
 from moptrace.precision import MixedPrecisionPolicy
@@ -44,6 +45,8 @@ class Plan:
     router does. ``expert_chunks`` says which tokens a chunk has, ``"strided"`` or ``"contiguous"``.
     ``recompute_experts``: backward sends and computes each chunk's rows again instead of keeping
     them; by default where there are several chunks.
+    ``dropping``: a capacity for each expert, and what happens to the tokens beyond it; by default
+    none, and no token is dropped.
     ``count_tokens``: count each expert's tokens in a buffer of the model, ``tokens_per_expert``.
     ``pp`` (pipeline) is 1: larger sizes are refused until its pass exists.
 
@@ -67,6 +70,7 @@ class Plan:
     expert_tokens: int | None = None
     expert_chunks: str = "strided"
     recompute_experts: bool | None = None
+    dropping: Dropping | None = None
     count_tokens: bool = False
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@ from moptrace.passes.chunk_experts import chunk_experts
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.count_tokens import count_tokens
+from moptrace.passes.drop_tokens import drop_tokens, group_tokens
 from moptrace.passes.expert_tensor_parallel import expert_tensor_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
 from moptrace.passes.fuse_experts import fuse_experts
@@ -62,6 +63,7 @@ def sharded(
     layout, policy = plan.layout(world_size), plan.mixed_precision
     return chain(
         compute_routers(policy.router_dtype),
+        drop_tokens(plan.dropping, plan.dropping.together(layout) if plan.dropping else ()),
         *([count_tokens()] if plan.count_tokens else []),
         tensor_parallel(layout),
         expert_tensor_parallel(layout),
@@ -74,6 +76,7 @@ def sharded(
         shard_batch(layout),
         mixed_precision(policy, masters or {}),
         place(),
+        group_tokens(plan.dropping),
         report_replicated_tokens(asked=plan.context == "gather"),
         localize(),
         chunk_experts(plan.expert_tokens, plan.expert_chunks, bool(plan.recompute_experts)),

@@ -131,6 +131,8 @@ class _Localizer:
             self._seed(node, new)
         if node.target in RINGS:
             self._ring(node, new, rule)
+        if node.target is ops.keep_pairs.default:
+            new.args = new.args[:4]  # a rank has one group
         if rule is not None and rule.average:
             return self._averaged(node, new, rule)
         return new
