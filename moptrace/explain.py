@@ -19,6 +19,8 @@ and an all-to-all directly, padding included:
 all_gather, reduce_scatter             (P-1)/P of the whole value
 all_reduce                             2(P-1)/P of the value, rounded up
 all_to_all, exchange_counts            (P-1)/P of the rank's operand
+send_slots, return_slots               (P-1)/P of the rank's rows for all experts
+all_gather_slots, reduce_scatter_slots (P-1) times the rows of what is split
 send_rows, return_rows                 (P-1)/P of the rank's rows, expected if every rank has as
                                        many rows and every expert is chosen as often (marked ``~``)
 ring                                   what the rank passes on, hop by hop (``rings.py``)
@@ -297,6 +299,14 @@ class _Reader:
             return (parts - 1) * max(self.layout.sizes(experts, axis)) * x.element_size(), False
         if kind == "all_to_all":
             return (parts - 1) * _bytes(x) // parts, False
+        if row.of_slots:
+            slots, experts = node.args[2:]
+            assert isinstance(slots, int) and isinstance(experts, int)
+            row_bytes = _bytes(x[:1])
+            if kind in ("send_slots", "return_slots"):
+                return (parts - 1) * experts * slots * row_bytes // parts, False
+            own = max(self.layout.sizes(experts, "ep"))
+            return (parts - 1) * own * slots * row_bytes, False
         if row.name == "reduce_scatter_rows":  # what a rank has of the result goes to each other
             return round((parts - 1) * _bytes(result) / _spread(roles.placement(node))), True
         rows = _bytes(x) / _spread(roles.placement(operand))
@@ -450,6 +460,10 @@ _WIRE = {
     "return_rows": "return_rows",
     "all_gather_rows": "all_gather_rows",
     "reduce_scatter_rows": "reduce_scatter_rows",
+    "send_slots": "send_slots",
+    "return_slots": "return_slots",
+    "all_gather_slots": "all_gather_slots",
+    "reduce_scatter_slots": "reduce_scatter_slots",
     "exchange_counts": "exchange_counts",
 }
 _KINDS = tuple(dict.fromkeys((*_WIRE.values(), "ring")))

@@ -104,6 +104,12 @@ class Plan:
                 f"expert_tokens={self.expert_tokens} leaves no token to a chunk; give 1 or more, "
                 "or None for all tokens at once"
             )
+        if self.dropping and self.dropping.pad and self.expert_tokens is not None:
+            raise PlanError(
+                f"expert_tokens={self.expert_tokens} makes chunks, each of which would pad every "
+                "expert's rows to its capacity; a capacity bounds a rank's rows already, so leave "
+                "expert_tokens=None, or say pad=False"
+            )
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
         for name in ("ep", "etp", "vp", "cp", "tp", "dp_replicate"):
             size = getattr(self, name)

@@ -78,7 +78,7 @@ def sharded(
         place(),
         group_tokens(plan.dropping),
         report_replicated_tokens(asked=plan.context == "gather"),
-        localize(),
+        localize(pad=plan.dropping is not None and plan.dropping.pad),
         chunk_experts(plan.expert_tokens, plan.expert_chunks, bool(plan.recompute_experts)),
         bucket_gathers(),
         fuse_experts(),

@@ -26,8 +26,8 @@ def report_replicated_tokens(asked: bool = False) -> Pass:
 
     A recurrence over tokens is such a module, and so is a convolution that sees later tokens. Keys
     that are gathered for a rank's own queries are not: there, the work is divided. Nor are logits,
-    of which the plan says how many a rank may hold. ``asked`` leaves out attention, for a plan that
-    asks for this.
+    of which the plan says how many a rank may hold, nor what all ranks need to drop the same
+    tokens. ``asked`` leaves out attention, for a plan that asks for this.
 
     Requires: a placed program. Ensures: the same program, with a note and a ``ReplicationWarning``
     of the bytes for each module.
@@ -71,10 +71,17 @@ def _alike(graph: fx.Graph, layout: Layout, asked: bool) -> Iterator[tuple[fx.No
             continue
         for user in node.users:
             chosen = asked and user.target is aten.scaled_dot_product_attention.default
-            chosen |= user.op == "output" or roles.component(user) in _OF_LOGITS
+            chosen |= user.op == "output" or roles.component(user) in _OF_LOGITS or _drops(user)
             if not chosen and not _is_divided(user, layout):
                 yield node, user
                 break
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether a value decides which tokens experts leave out, perhaps after it is moved on."""
+    while node.target is reshard and len(node.users) == 1:
+        (node,) = node.users
+    return node.target is torch.ops.moptrace.keep_pairs.default
 
 
 def _is_parameter(x: object) -> bool:
