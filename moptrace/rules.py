@@ -30,13 +30,20 @@ from torch.utils import _pytree as pytree
 from moptrace import roles
 from moptrace.reshard import cast_whole
 
-__all__ = ["JOINT", "RULES", "Rule", "argument", "operands", "results", "rule_for"]
+__all__ = ["JOINT", "RULES", "SIZE_ARGUMENT", "Rule", "argument", "operands", "results", "rule_for"]
 
 aten = torch.ops.aten
 
 Dims = tuple[str | None, ...]
 JOINT = frozenset({-1})
 NONLINEAR: frozenset[int] = frozenset()
+
+# Operators that are told the size of their result, and which argument says it.
+SIZE_ARGUMENT = {
+    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view, aten.expand), 1),
+    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty), 1),
+    **dict.fromkeys((aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn), 0),
+}
 
 
 @dataclass(frozen=True)
@@ -787,7 +794,7 @@ def expert_rows(node: fx.Node) -> Rule:
 def combine(node: fx.Node) -> Rule:
     rest = _dims("d", len(_shape(operands(node)[0])) - 1)
     ins: tuple[Dims, ...] = (("s|e", *rest), ("s|e",), ("s", "K"))
-    return Rule(ins, (("s", *rest),), summed=True, order=1)
+    return Rule(ins, (("s", *rest),), frozenset({0, 2}), summed=True, order=1)
 
 
 def vocab_projection(node: fx.Node) -> Rule:

@@ -24,7 +24,8 @@ NAME = "tokens_per_expert"
 def count_tokens() -> Pass:
     """Add a buffer ``tokens_per_expert`` in which every forward counts each expert's tokens.
 
-    It is int64 [blocks, experts], over the global batch; set it to zero to count anew. (Where
+    It is int64 [blocks, experts], over the global batch; set it to zero to count anew. Tokens that
+    an expert's capacity leaves out are counted too: they chose it. (Where
     blocks have different numbers of experts there is one for each number, such as
     ``tokens_per_expert_8``.) The buffer is no part of a model's state.
 
@@ -67,7 +68,10 @@ def _counted(program: Program, graph: fx.Graph, name: str, dispatches: list[fx.N
     with graph.inserting_before(end):
         counts: list[fx.Node] = []
         for dispatch in dispatches:
-            counts.append(call(getitem, dispatch, 1))
+            source: Any = dispatch
+            if (choices := dispatch.args[1]).args[0].target is ops.keep_pairs.default:  # type: ignore
+                source = choices.args[0]  # type: ignore[union-attr]
+            counts.append(call(getitem, source, 1))
             roles.set_value(counts[-1], roles.value(dispatch)[1])
         here = call(aten.stack.default, counts)
         after = call(aten.add.Tensor, before, here)

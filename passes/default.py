@@ -18,6 +18,7 @@ from moptrace.passes.expert_tensor_parallel import expert_tensor_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
 from moptrace.passes.fuse_experts import fuse_experts
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
+from moptrace.passes.gather_tokens import gather_tokens
 from moptrace.passes.localize import localize
 from moptrace.passes.mixed_precision import compute_routers, mixed_precision
 from moptrace.passes.normalize_losses import normalize_losses
@@ -65,6 +66,7 @@ def sharded(
         compute_routers(policy.router_dtype),
         drop_tokens(plan.dropping, plan.dropping.together(layout) if plan.dropping else ()),
         *([count_tokens()] if plan.count_tokens else []),
+        *([gather_tokens(layout)] if plan.dispatcher == "all-gather" else []),
         tensor_parallel(layout),
         expert_tensor_parallel(layout),
         context_parallel(layout, plan.context),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,11 +16,11 @@ from moptrace.dropping import Dropping
 from moptrace.errors import PlanError
 from moptrace.passes.axes import RESHAPES
 from moptrace.passes.context_parallel import call
-from moptrace.passes.localize import SIZE_ARGUMENT
 from moptrace.placement import INVARIANT, Placement, Shard
 from moptrace.reshard import constrain
+from moptrace.rules import SIZE_ARGUMENT
 
-__all__ = ["drop_tokens", "group_tokens"]
+__all__ = ["drop_tokens", "group_tokens", "leave_out"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -125,11 +126,9 @@ def _drop(
 ) -> None:
     """Write ``keep_pairs`` before the dispatches of these choices."""
     first, number = dispatches[0], dispatches[0].args[2]
-    rows = _rows(dispatches)
-    ends = [node for node in rows if node.target in _OF_PAIRS]
     given = [experts]
     if dropping.by == "probability":
-        scores = _scores(first, ends)
+        scores = _scores(first, [node for node in _rows(dispatches) if node.target in _OF_PAIRS])
         _bring_before(first, scores)
         given.append(call(first, aten.detach.default, scores))
     for axis in together:
@@ -139,10 +138,17 @@ def _drop(
     choices = call(first, operator.getitem, kept, 0)
     for node in dispatches:
         node.args = (node.args[0], choices, number, True)
-    for node in ends:
-        node.args = (*node.args[: _OF_PAIRS[node.target]], True)
-    for node in rows:
-        _leave_open(node)
+        leave_out(node)
+
+
+def leave_out(dispatch: fx.Node) -> None:
+    """Have what follows from a dispatch take as many rows as there are, for some pairs none."""
+    for node in _rows([dispatch]):
+        if node.target in _OF_PAIRS:
+            node.args = (*node.args[: _OF_PAIRS[node.target]], True)
+        packet: Any = getattr(node.target, "overloadpacket", None)
+        if packet in SIZE_ARGUMENT and packet in (*RESHAPES, aten.expand):
+            node.update_arg(SIZE_ARGUMENT[packet], [-1, *roles.tensor(node).shape[1:]])
 
 
 def _rows(dispatches: Sequence[fx.Node]) -> list[fx.Node]:
@@ -184,9 +190,3 @@ def _bring_before(first: fx.Node, x: fx.Node) -> None:
     for node in [node for node in first.graph.nodes if node in needed and first < node]:
         first.prepend(node)
 
-
-def _leave_open(node: fx.Node) -> None:
-    """Have a reshape of rows take as many as there are."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in SIZE_ARGUMENT and packet in (*RESHAPES, aten.expand):
-        node.update_arg(SIZE_ARGUMENT[packet], [-1, *roles.tensor(node).shape[1:]])

@@ -15,6 +15,7 @@ from moptrace.collectives import COLLECTIVES, conversion
 from moptrace.core import Level, Pass, Program, erase_dead
 from moptrace.errors import PlacementError
 from moptrace.infer import travels
+from moptrace.passes.gather_tokens import is_gathered
 from moptrace.placement import (
     INVARIANT,
     PARTIAL,
@@ -31,9 +32,9 @@ from moptrace.placement import (
 from moptrace.random import draw
 from moptrace.reshard import cast_whole, reshard, route
 from moptrace.rings import RINGS
-from moptrace.rules import Rule, argument, operands
+from moptrace.rules import SIZE_ARGUMENT, Rule, argument, operands
 
-__all__ = ["SIZE_ARGUMENT", "local_shape", "localize"]
+__all__ = ["local_shape", "localize"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -75,14 +76,6 @@ def _local_size(size: int, dim: int, placement: Placement, layout: Layout) -> in
         if axis.size > 1:
             size = layout.sizes(size, axis.name)[0]
     return size
-
-
-# Operators that are told the size of their result, and which argument says it.
-SIZE_ARGUMENT = {
-    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view, aten.expand), 1),
-    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty), 1),
-    **dict.fromkeys((aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn), 0),
-}
 
 
 class _Localizer:
@@ -139,7 +132,7 @@ class _Localizer:
         if node.target is ops.keep_pairs.default:
             new.args = new.args[:4]  # a rank has one group
         if node.target is ops.dispatch.default and (slots := self._slots(node)):
-            new.args = (*new.args[:3], True, None, slots)
+            new.args = (*new.args[:3], True, *(new.args[4:] or [None]), slots)
         if rule is not None and rule.average:
             return self._averaged(node, new, rule)
         return new
@@ -385,6 +378,8 @@ class _Localizer:
             node = node.all_input_nodes[0]
         if not self.pad or node.target is not ops.dispatch.default:
             return 0
+        if is_gathered(node):  # from as many ranks as the experts are shared by
+            ranks *= math.prod(axis.size for axis in self.layout.experts.axes[1:])
         keep = node.args[1]
         while isinstance(keep, fx.Node) and keep.target is not ops.keep_pairs.default:
             keep = keep.all_input_nodes[0]
