@@ -78,7 +78,7 @@ def keep_pairs(
             pairs = [(int(n), j) for n in tokens for j in range(experts.shape[1])]
             queue = [pair for pair in pairs if experts[pair] == e]
             if scores is not None:
-                queue.sort(key=lambda pair: -float(scores[pair]))
+                queue.sort(key=lambda pair: -float(scores[pair].float()))
             for pair in queue[:capacity]:
                 kept[pair] = e
     return kept, torch.stack([(experts == e).sum() for e in range(num_experts)])

@@ -88,7 +88,8 @@ def keep_pairs(
     experts int64 [N, k], scores [N, k] or None -> int64 [N, k], counts int64 [E].
 
     Pairs with the highest scores are kept, and of equal scores those that come first; without
-    scores, those that come first. With ``groups`` this holds for each group of tokens alone. They
+    scores, those that come first. Scores count in float32, so that equal tokens have equal ones
+    where float64 sums were taken in another order. With ``groups`` this holds for each group of tokens alone. They
     are pairs of numbers, (parts, blocks), each of which splits every one of ``blocks`` equal pieces
     of the tokens into parts, and those of later ones split the parts further.
 
@@ -245,7 +246,7 @@ def _(
     total = pairs.shape[0]
     order = torch.arange(total, device=pairs.device)
     if scores is not None:
-        order = scores.flatten().argsort(stable=True, descending=True)
+        order = scores.flatten().float().argsort(stable=True, descending=True)
     queue = pairs  # one for each expert, in each group
     if groups:
         group = _groups(experts.shape[0], groups, pairs.device)

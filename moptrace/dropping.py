@@ -69,9 +69,12 @@ class Dropping:
         """
         return math.ceil(Fraction(str(self.capacity_factor)) * tokens * choices / experts)
 
-    def together(self, layout: Layout) -> tuple[str, ...]:
-        """The axes along which tokens compete, innermost first."""
-        axes = [axis.name for axis in reversed(layout.tokens.axes) if axis.size > 1]
-        if self.over == "sub-sequence":
-            return ()
-        return tuple(axes if self.over == "batch" else [a for a in axes if a in ("cp", "tp")])
+    def along(self, layout: Layout) -> list[tuple[str, bool]]:
+        """The axes of tokens, and whether they compete along each, in the order to move them.
+
+        Inner slices are gathered first, and taken last.
+        """
+        axes = [axis.name for axis in layout.tokens.axes if axis.size > 1]
+        wide = {"sub-sequence": (), "sequence": ("cp", "tp"), "batch": tuple(axes)}[self.over]
+        together = [(axis, True) for axis in reversed(axes) if axis in wide]
+        return together + [(axis, False) for axis in axes if axis not in wide]

@@ -118,10 +118,12 @@ def _choose(rule: Rule, held: Sequence[Held], parts: int) -> Split | None:
     """The factor to split: what costs least to keep; an expert's weight draws its rows."""
     best: tuple[int, Split] | None = None
     for position, (dims, operand) in enumerate(zip(rule.operands, held, strict=True)):
-        if rule.order not in (None, position):
-            continue
         split = _split_of(rule, dims, operand)
         if split is None or not rule.splittable(split.factor, parts, split.blocks):
+            continue
+        if rule.order is not None and split.factor in ("s", "e"):
+            if position == rule.order:
+                return split
             continue
         if rule.counts is not None and split.factor == "e" and position != rule.counts:
             return split

@@ -55,7 +55,8 @@ class Rule:
     result carries are added up (else they must stay whole). ``average`` says that they are
     averaged: the local result must be divided by the number of ranks. ``random`` marks operators
     that draw numbers. ``counts`` is the operand that says how many rows each expert has, and
-    ``order`` the one that says whose rows they are: it does not move, so it decides what is split.
+    ``order`` the one that says whose rows they are: it does not move, so it decides how these are
+    split.
     ``added`` are operands that are added once to a sum over a factor they lack, such as a bias:
     where that factor is split, each rank must hold a term of them.
     ``together`` are factors of which splitting one splits the last too: the local operator takes

@@ -64,7 +64,7 @@ def sharded(
     layout, policy = plan.layout(world_size), plan.mixed_precision
     return chain(
         compute_routers(policy.router_dtype),
-        drop_tokens(plan.dropping, plan.dropping.together(layout) if plan.dropping else ()),
+        drop_tokens(plan.dropping, layout),
         *([count_tokens()] if plan.count_tokens else []),
         *([gather_tokens(layout)] if plan.dispatcher == "all-gather" else []),
         tensor_parallel(layout),

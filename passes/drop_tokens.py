@@ -16,7 +16,7 @@ from moptrace.dropping import Dropping
 from moptrace.errors import PlanError
 from moptrace.passes.axes import RESHAPES
 from moptrace.passes.context_parallel import call
-from moptrace.placement import INVARIANT, Placement, Shard
+from moptrace.placement import INVARIANT, Layout, Placement, Shard
 from moptrace.reshard import constrain
 from moptrace.rules import SIZE_ARGUMENT
 
@@ -28,14 +28,14 @@ Groups = tuple[tuple[int, int], ...]
 
 
 def drop_tokens(
-    dropping: Dropping | None, together: Sequence[str] = (), groups: Groups = ()
+    dropping: Dropping | None, layout: Layout | None = None, groups: Groups = ()
 ) -> Pass:
     """Drop the pairs of a token and its choice that are beyond the capacity of their expert.
 
     ``keep_pairs`` marks them among the router's choices, so they have no row and do not travel.
-    ``groups`` of tokens compete apart: pairs (parts, blocks) as ``keep_pairs`` takes them. On many
-    ranks, tokens compete along the axes ``together`` and apart along all others; once they are
-    placed, ``group_tokens`` writes which groups these are.
+    ``groups`` of tokens compete apart: pairs (parts, blocks) as ``keep_pairs`` takes them. With a
+    ``layout``, the tokens of its ranks compete apart unless ``dropping`` says otherwise; once they
+    are placed, ``group_tokens`` writes which groups these are.
 
     Requires: ``classify``. Ensures: what the model computes where dropped pairs add nothing.
     Raises PlanError for experts of which no weights are known, if these decide.
@@ -49,10 +49,10 @@ def drop_tokens(
         for node in graph.find_nodes(op="call_function", target=ops.dispatch.default):
             layers[node.args[1]].append(node)
         for experts, dispatches in layers.items():
-            _drop(dropping, experts, dispatches, together, groups)
+            _drop(dropping, experts, dispatches, layout, groups)
         return program.with_graph(graph) if layers else program
 
-    options = (("dropping", dropping), ("together", tuple(together)), ("groups", groups))
+    options = (("dropping", dropping), ("layout", str(layout)), ("groups", groups))
     return Pass("drop_tokens", rewrite, options, (Level.CANONICAL,), needs=("classify",))
 
 
@@ -121,7 +121,7 @@ def _drop(
     dropping: Dropping,
     experts: fx.Node,
     dispatches: Sequence[fx.Node],
-    together: Sequence[str],
+    layout: Layout | None,
     groups: Groups,
 ) -> None:
     """Write ``keep_pairs`` before the dispatches of these choices."""
@@ -131,8 +131,9 @@ def _drop(
         scores = _scores(first, [node for node in _rows(dispatches) if node.target in _OF_PAIRS])
         _bring_before(first, scores)
         given.append(call(first, aten.detach.default, scores))
-    for axis in together:
-        given = [call(first, constrain, x, axis, str(INVARIANT)) for x in given]
+    for axis, whole in dropping.along(layout) if layout else ():
+        kind = str(INVARIANT) if whole else first.args[0]
+        given = [call(first, constrain, x, axis, kind) for x in given]
     kept = call(first, ops.keep_pairs.default, given[0], *(given[1:] or [None]), number, 1)
     kept.args = (*kept.args[:3], *_limits(dropping, kept, groups))  # type: ignore[assignment]
     choices = call(first, operator.getitem, kept, 0)

@@ -11,13 +11,14 @@ from torch import fx
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
 from moptrace.passes.place import ReplicationWarning
-from moptrace.placement import Layout, Shard, parse_kind
+from moptrace.placement import Layout, Partial, Rows, Shard, parse_kind
 from moptrace.reshard import reshard
 from moptrace.roles import Component
 
 __all__ = ["report_replicated_tokens"]
 
 aten = torch.ops.aten
+KEEP = torch.ops.moptrace.keep_pairs.default
 _OF_LOGITS = (Component.VOCAB, Component.LOSS)
 
 
@@ -69,19 +70,19 @@ def _alike(graph: fx.Graph, layout: Layout, asked: bool) -> Iterator[tuple[fx.No
             continue
         if not roles.tensor(node).is_floating_point() or _is_parameter(x):
             continue
-        for user in node.users:
+        for user in map(_settled, node.users):
             chosen = asked and user.target is aten.scaled_dot_product_attention.default
-            chosen |= user.op == "output" or roles.component(user) in _OF_LOGITS or _drops(user)
+            chosen |= user.op == "output" or roles.component(user) in _OF_LOGITS or user.target is KEEP
             if not chosen and not _is_divided(user, layout):
                 yield node, user
                 break
 
 
-def _drops(node: fx.Node) -> bool:
-    """Whether a value decides which tokens experts leave out, perhaps after it is moved on."""
+def _settled(node: fx.Node) -> fx.Node:
+    """The node that uses a value once it has moved as far as it does."""
     while node.target is reshard and len(node.users) == 1:
         (node,) = node.users
-    return node.target is torch.ops.moptrace.keep_pairs.default
+    return node
 
 
 def _is_parameter(x: object) -> bool:
@@ -92,9 +93,9 @@ def _is_parameter(x: object) -> bool:
 
 
 def _is_divided(node: fx.Node, layout: Layout) -> bool:
-    """Whether each rank along ``cp`` computes its part of a node's results."""
+    """Whether each rank along ``cp`` computes its part of a node's results, or its terms."""
     for placement in roles.placements(node):
         said = placement.expressed_in(layout.tokens) if placement else None
-        if said is not None and isinstance(said.kind("cp"), Shard):
+        if said is not None and isinstance(said.kind("cp"), (Partial, Rows, Shard)):
             return True
     return False
