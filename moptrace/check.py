@@ -171,7 +171,7 @@ class _Placements:
             reached = any(x in self.differentiable for x in node.all_input_nodes)
             detached = node.target is torch.ops.aten.detach.default
             for x in node.all_input_nodes:
-                if x in self.tokens:
+                if x in self.tokens and node.target is not ops.combine.default:
                     self.tokens[node] = self.tokens[x]
             if node.target is ops.dispatch.default:
                 tokens = roles.placement(operands(node)[0])

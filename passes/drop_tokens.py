@@ -20,7 +20,7 @@ from moptrace.placement import INVARIANT, Layout, Placement, Shard
 from moptrace.reshard import constrain
 from moptrace.rules import SIZE_ARGUMENT
 
-__all__ = ["drop_tokens", "group_tokens", "leave_out"]
+__all__ = ["drop_tokens", "group_tokens", "leave_out", "rows_of"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -128,9 +128,11 @@ def _drop(
     first, number = dispatches[0], dispatches[0].args[2]
     given = [experts]
     if dropping.by == "probability":
-        scores = _scores(first, [node for node in _rows(dispatches) if node.target in _OF_PAIRS])
+        scores = _scores(first, [node for node in rows_of(dispatches) if node.target in _OF_PAIRS])
         _bring_before(first, scores)
-        given.append(call(first, aten.detach.default, scores))
+        scores = call(first, aten.detach.default, scores)
+        pairs = list(roles.tensor(experts).shape)
+        given.append(call(first, aten.reshape.default, scores, pairs))
     for axis, whole in dropping.along(layout) if layout else ():
         kind = str(INVARIANT) if whole else first.args[0]
         given = [call(first, constrain, x, axis, kind) for x in given]
@@ -144,7 +146,7 @@ def _drop(
 
 def leave_out(dispatch: fx.Node) -> None:
     """Have what follows from a dispatch take as many rows as there are, for some pairs none."""
-    for node in _rows([dispatch]):
+    for node in rows_of([dispatch]):
         if node.target in _OF_PAIRS:
             node.args = (*node.args[: _OF_PAIRS[node.target]], True)
         packet: Any = getattr(node.target, "overloadpacket", None)
@@ -152,7 +154,7 @@ def leave_out(dispatch: fx.Node) -> None:
             node.update_arg(SIZE_ARGUMENT[packet], [-1, *roles.tensor(node).shape[1:]])
 
 
-def _rows(dispatches: Sequence[fx.Node]) -> list[fx.Node]:
+def rows_of(dispatches: Sequence[fx.Node]) -> list[fx.Node]:
     """What follows from the dispatches until rows are combined, in order."""
     found, over = dict.fromkeys(dispatches), set[fx.Node]()
     for node in dispatches[0].graph.nodes:
@@ -171,7 +173,8 @@ def _scores(dispatch: fx.Node, ends: Sequence[fx.Node]) -> fx.Node:
     for x in weights:
         assert isinstance(x, fx.Node)
         value = roles.tensor(x)
-        if x.target is not aten.ones.default and value.is_floating_point() and value.shape == pairs:
+        one_each = value.shape[:2] == pairs and value.numel() == pairs.numel()
+        if x.target is not aten.ones.default and value.is_floating_point() and one_each:
             return x
     raise PlanError(
         f"the experts' results are added up without weights ({roles.where(dispatch)}), so none of "

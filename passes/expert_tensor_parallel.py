@@ -7,14 +7,12 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
-from moptrace.passes.gather_tokens import is_gathered
 from moptrace.passes.regions import Finder, Region, ask
 from moptrace.placement import REPLICATE, Layout, Rows
 from moptrace.rules import operands, rule_for
 
 __all__ = ["expert_tensor_parallel"]
 
-DISPATCH = torch.ops.moptrace.dispatch.default
 PRODUCT = torch.ops.moptrace.grouped_mm.default
 
 
@@ -59,11 +57,7 @@ def expert_tensor_parallel(layout: Layout) -> Pass:
 
 
 def _write(region: Region, routed: set[fx.Node]) -> None:
-    """Ask for all rows of an expert inside the region, a share of what they share, and own rows.
-
-    Where all ranks have the rows of all tokens, terms of the sum may stay that until tokens are
-    combined.
-    """
+    """Ask for all rows of an expert inside the region, a share of what they share, and own rows."""
     shares = {**region.inside, **region.entries}
     for node in sorted(region.nodes):
         inputs = [x for x in operands(node) if x in routed and x not in region.inside]
@@ -78,5 +72,4 @@ def _write(region: Region, routed: set[fx.Node]) -> None:
         if value not in routed:
             ask(value, "etp", kind, region.nodes)
     end = region.last.node
-    if not any(is_gathered(n) for n in routed if n.target is DISPATCH):
-        ask(end, "etp", Rows("token"), set(end.users))
+    ask(end, "etp", Rows("token"), set(end.users))

@@ -10,9 +10,9 @@ from torch import fx
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
 from moptrace.passes.context_parallel import call
-from moptrace.passes.drop_tokens import leave_out
+from moptrace.passes.drop_tokens import leave_out, rows_of
 from moptrace.passes.regions import ask
-from moptrace.placement import INVARIANT, REPLICATE, Layout, Shard
+from moptrace.placement import INVARIANT, REPLICATE, Layout, Rows, Shard
 from moptrace.reshard import constrain
 
 __all__ = ["gather_tokens", "is_gathered"]
@@ -31,7 +31,9 @@ def gather_tokens(layout: Layout) -> Pass:
     brings about n * k * (ep - 1) / ep rows: less where k is more than ep. Ranks of ``etp`` need the
     same rows, so tokens are gathered along it as well, and rows are not.
 
-    Requires: a canonical program. Ensures: the same function.
+    Requires: ``expert_tensor_parallel``, if experts are shared along ``etp``. Ensures: the same
+    function. Where their hidden units are not, ranks of ``etp`` would compute the same rows: such a
+    block keeps its dispatch, with a note.
     """
 
     def rewrite(program: Program) -> Program:
@@ -41,9 +43,24 @@ def gather_tokens(layout: Layout) -> Pass:
         found = graph.find_nodes(op="call_function", target=ops.dispatch.default)
         if not axes or not found:
             return program
+        notes: list[str] = []
         for node in found:
+            rows = rows_of([node])
+            if "etp" in axes and not any(_asks(row, str(REPLICATE)) for row in rows):
+                notes.append(
+                    f"ranks of etp do not share the experts of block {roles.role(node).block}, so "
+                    f"its tokens are sent to them and not gathered ({roles.where(node)})"
+                )
+                continue
+            for row in rows:
+                if _asks(row, str(Rows("token"))):  # all have all rows: what they add up may wait
+                    row.replace_all_uses_with(row.args[0])  # type: ignore[arg-type]
+                    graph.erase_node(row)
             _gather(node, axes)
-        return program.with_graph(graph)
+        program = program.with_graph(graph)
+        for note in notes:
+            program = program.with_note(note)
+        return program
 
     return Pass("gather_tokens", rewrite, (("layout", str(layout)),), (Level.CANONICAL,))
 
@@ -51,6 +68,11 @@ def gather_tokens(layout: Layout) -> Pass:
 def is_gathered(dispatch: fx.Node) -> bool:
     """Whether a dispatch takes rows of some experts from all tokens."""
     return len(dispatch.args) > NUMBERS and dispatch.args[NUMBERS] is not None
+
+
+def _asks(node: fx.Node, kind: str) -> bool:
+    """Whether rows are asked to be held so along ``etp``."""
+    return node.target is constrain and node.args[1:] == ("etp", kind)
 
 
 def _gather(dispatch: fx.Node, axes: Sequence[str]) -> None:

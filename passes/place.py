@@ -151,7 +151,9 @@ class _Placer:
             self._inherit(node, x)
 
     def _inherit(self, node: fx.Node, x: fx.Node) -> None:
-        """What is made of routed rows has their counts and their tokens."""
+        """What is made of routed rows has their counts and their tokens, until it is combined."""
+        if node.target is torch.ops.moptrace.combine.default:
+            return
         if x in self.counts:
             self.counts[node] = self.counts[x]
         if x in self.tokens:
