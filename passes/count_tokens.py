@@ -13,6 +13,7 @@ from torch import fx
 from moptrace import roles
 from moptrace.core import Buffer, Level, Output, Pass, Program
 from moptrace.errors import PassError
+from moptrace.passes.drop_tokens import keeper
 
 __all__ = ["count_tokens"]
 
@@ -68,10 +69,7 @@ def _counted(program: Program, graph: fx.Graph, name: str, dispatches: list[fx.N
     with graph.inserting_before(end):
         counts: list[fx.Node] = []
         for dispatch in dispatches:
-            source: Any = dispatch
-            if (choices := dispatch.args[1]).args[0].target is ops.keep_pairs.default:  # type: ignore
-                source = choices.args[0]  # type: ignore[union-attr]
-            counts.append(call(getitem, source, 1))
+            counts.append(call(getitem, keeper(dispatch) or dispatch, 1))
             roles.set_value(counts[-1], roles.value(dispatch)[1])
         here = call(aten.stack.default, counts)
         after = call(aten.add.Tensor, before, here)

@@ -20,7 +20,7 @@ from moptrace.placement import INVARIANT, Layout, Placement, Shard
 from moptrace.reshard import constrain
 from moptrace.rules import SIZE_ARGUMENT
 
-__all__ = ["drop_tokens", "group_tokens", "leave_out", "rows_of"]
+__all__ = ["drop_tokens", "group_tokens", "keeper", "leave_out", "rows_of"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -152,6 +152,14 @@ def leave_out(dispatch: fx.Node) -> None:
         packet: Any = getattr(node.target, "overloadpacket", None)
         if packet in SIZE_ARGUMENT and packet in (*RESHAPES, aten.expand):
             node.update_arg(SIZE_ARGUMENT[packet], [-1, *roles.tensor(node).shape[1:]])
+
+
+def keeper(dispatch: fx.Node) -> fx.Node | None:
+    """The ``keep_pairs`` that a dispatch has its choices from, perhaps moved; or None."""
+    node = dispatch.args[1]
+    while isinstance(node, fx.Node) and node.target is not ops.keep_pairs.default:
+        node = next(iter(node.all_input_nodes), None)
+    return node  # type: ignore[return-value]
 
 
 def rows_of(dispatches: Sequence[fx.Node]) -> list[fx.Node]:

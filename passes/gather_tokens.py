@@ -57,8 +57,10 @@ def gather_tokens(layout: Layout) -> Pass:
                     row.replace_all_uses_with(row.args[0])  # type: ignore[arg-type]
                     graph.erase_node(row)
             _gather(node, axes)
+            along = " and ".join(f"{axis}={sizes[axis]}" for axis in axes)
+            notes.append(f"experts take their tokens from those gathered along {along}")
         program = program.with_graph(graph)
-        for note in notes:
+        for note in dict.fromkeys(notes):
             program = program.with_note(note)
         return program
 

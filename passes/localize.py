@@ -15,6 +15,7 @@ from moptrace.collectives import COLLECTIVES, conversion
 from moptrace.core import Level, Pass, Program, erase_dead
 from moptrace.errors import PlacementError
 from moptrace.infer import travels
+from moptrace.passes.drop_tokens import keeper
 from moptrace.passes.gather_tokens import is_gathered
 from moptrace.placement import (
     INVARIANT,
@@ -380,11 +381,9 @@ class _Localizer:
             return 0
         if is_gathered(node):  # from as many ranks as the experts are shared by
             ranks *= math.prod(axis.size for axis in self.layout.experts.axes[1:])
-        keep = node.args[1]
-        while isinstance(keep, fx.Node) and keep.target is not ops.keep_pairs.default:
-            keep = keep.all_input_nodes[0]
-        assert isinstance(keep, fx.Node) and isinstance(keep.args[3], int)
-        return keep.args[3] * ranks
+        keep = keeper(node)
+        assert keep is not None and isinstance(capacity := keep.args[3], int)
+        return capacity * ranks
 
     def _counts_of_slots(self, node: fx.Node, axis: str, after: Kind) -> fx.Node:
         """The counts of all ranks together: each has the same."""

@@ -10,6 +10,7 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
+from moptrace.passes.gather_tokens import is_gathered
 from moptrace.passes.place import ReplicationWarning
 from moptrace.placement import Layout, Partial, Rows, Shard, parse_kind
 from moptrace.reshard import reshard
@@ -17,8 +18,7 @@ from moptrace.roles import Component
 
 __all__ = ["report_replicated_tokens"]
 
-aten = torch.ops.aten
-KEEP = torch.ops.moptrace.keep_pairs.default
+aten, ops = torch.ops.aten, torch.ops.moptrace
 _OF_LOGITS = (Component.VOCAB, Component.LOSS)
 
 
@@ -28,7 +28,8 @@ def report_replicated_tokens(asked: bool = False) -> Pass:
     A recurrence over tokens is such a module, and so is a convolution that sees later tokens. Keys
     that are gathered for a rank's own queries are not: there, the work is divided. Nor are logits,
     of which the plan says how many a rank may hold, nor what all ranks need to drop the same
-    tokens. ``asked`` leaves out attention, for a plan that asks for this.
+    tokens, or gather for their experts. ``asked`` leaves out attention, for a plan that asks for
+    this.
 
     Requires: a placed program. Ensures: the same program, with a note and a ``ReplicationWarning``
     of the bytes for each module.
@@ -72,10 +73,16 @@ def _alike(graph: fx.Graph, layout: Layout, asked: bool) -> Iterator[tuple[fx.No
             continue
         for user in map(_settled, node.users):
             chosen = asked and user.target is aten.scaled_dot_product_attention.default
-            chosen |= user.op == "output" or roles.component(user) in _OF_LOGITS or user.target is KEEP
+            chosen |= user.op == "output" or roles.component(user) in _OF_LOGITS or _is_planned(user)
             if not chosen and not _is_divided(user, layout):
                 yield node, user
                 break
+
+
+def _is_planned(node: fx.Node) -> bool:
+    """Whether a plan's way to drop or to gather tokens brings values there."""
+    gathered = node.target is ops.dispatch.default and is_gathered(node)
+    return gathered or node.target in (ops.keep_pairs.default, ops.combine.default)
 
 
 def _settled(node: fx.Node) -> fx.Node:
