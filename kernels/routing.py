@@ -502,7 +502,9 @@ def _picked(x: Tensor, order: Tensor, choices: int, some: bool) -> Tensor:
     return x.index_select(0, order if choices == 1 else order // choices)
 
 
-def _choices(rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool) -> Iterator[Tensor]:
+def _choices(
+    rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool
+) -> Iterator[Tensor]:
     """For each of their choices, the tokens' rows; zeros where a pair has none."""
     pairs = tokens * choices
     numbers = torch.arange(order.shape[0], device=order.device)

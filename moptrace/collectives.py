@@ -292,9 +292,7 @@ def _sum_and_split_rows(
     return list(total.split(tables[0].sum(1).tolist()))
 
 
-def _send_slots(
-    parts: list[Tensor], sizes: Sequence[int], slots: int, length: int
-) -> list[Tensor]:
+def _send_slots(parts: list[Tensor], sizes: Sequence[int], slots: int, length: int) -> list[Tensor]:
     pieces = [part.unflatten(0, (length, slots)).split(list(sizes)) for part in parts]
     return [torch.stack([p[i] for p in pieces], 1).flatten(0, 2) for i in range(len(parts))]
 

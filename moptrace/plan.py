@@ -99,9 +99,7 @@ class Plan:
         if self.edp not in ("shard", "replicate"):
             raise PlanError(f"edp is 'shard' or 'replicate', not {self.edp!r}")
         if self.dispatcher not in ("all-to-all", "all-gather"):
-            raise PlanError(
-                f"dispatcher is 'all-to-all' or 'all-gather', not {self.dispatcher!r}"
-            )
+            raise PlanError(f"dispatcher is 'all-to-all' or 'all-gather', not {self.dispatcher!r}")
         if self.expert_chunks not in ("strided", "contiguous"):
             raise PlanError(
                 f"expert_chunks is 'strided' or 'contiguous', not {self.expert_chunks!r}"

@@ -201,4 +201,3 @@ def _bring_before(first: fx.Node, x: fx.Node) -> None:
         )
     for node in [node for node in first.graph.nodes if node in needed and first < node]:
         first.prepend(node)
-

@@ -73,7 +73,9 @@ def _alike(graph: fx.Graph, layout: Layout, asked: bool) -> Iterator[tuple[fx.No
             continue
         for user in map(_settled, node.users):
             chosen = asked and user.target is aten.scaled_dot_product_attention.default
-            chosen |= user.op == "output" or roles.component(user) in _OF_LOGITS or _is_planned(user)
+            chosen |= (
+                user.op == "output" or roles.component(user) in _OF_LOGITS or _is_planned(user)
+            )
             if not chosen and not _is_divided(user, layout):
                 yield node, user
                 break
