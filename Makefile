@@ -29,7 +29,7 @@ test: lint ## Lint, check types, and run the test suite
 	$(BIN)/python $(PYTEST)
 
 test-all: lint ## The same with the long sweeps: 3,000 equivalence examples and the slow tests
-	$(BIN)/python $(PYTEST) -m "" --hypothesis-profile=all
+	$(BIN)/python $(PYTEST) -m "" --hypothesis-profile=all -o faulthandler_timeout=7200
 
 test-oldest: $(OLDEST)/.ready ## The test suite on the oldest supported torch (a download of several GB)
 	$(OLDEST)/bin/python $(PYTEST)

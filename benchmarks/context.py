@@ -27,8 +27,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +41,7 @@ from torch.distributed.tensor.experimental._context_parallel import _attention a
 
 from memory import forget_peak, peak
 from moptrace import Plan, parallelize, rings
-from report import command, device, markdown, versions
+from report import publish
 
 RANKS = 4
 TOLERANCE = 1e-4
@@ -278,23 +276,11 @@ def main() -> None:
     losses = [own[way][0].loss for own in timed for way in WAYS]
     error = max(losses) / min(losses) - 1
     shown = table(shape, timed, peaks)
-    console.print(shown)
-    results = Path(__file__).parent / "results" / f"context-{date.today()}.md"
-    results.parent.mkdir(exist_ok=True)
-    text = [
-        f"# Long context, {date.today()}",
-        "",
-        f"- command: `{command()}`",
-        f"- device: {device()}; {RANKS} gloo ranks, 1 thread each",
-        f"- versions: {versions('torch')}",
-        f"- the losses agree to {error:.1e}",
-        "",
-        markdown(shown),
-    ]
-    results.write_text("\n".join(text))
-    console.print(f"written to {results}")
+    failures: list[str] = []
     if not error <= TOLERANCE:
-        raise SystemExit(f"the losses differ by {error:.1e}, over {TOLERANCE:.0e}")
+        failures.append(f"the losses differ by {error:.1e}, over {TOLERANCE:.0e}")
+    facts = [f"{RANKS} gloo ranks, 1 thread each", f"the losses agree to {error:.1e}"]
+    publish(console, "context", "Long context", facts, [shown], failures)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from dataclasses import dataclass, replace
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +34,7 @@ import moptrace
 from models import Experts, MoEConfig, Router
 from moptrace import Plan
 from peaks import Measured, measured
-from report import command, device, markdown, versions
+from report import publish
 
 RANKS = 4
 MOST = 0.41  # of the peak of all tokens at once
@@ -176,25 +173,11 @@ def main() -> None:
                 failures.append(f"{router}, {name}: {part:.0%} of all at once, over {MOST:.0%}")
             cells = f"{step.bytes / 2**20:,.0f}", f"{part:.0%}", f"{found.rows:,}"
             shown.add_row(router, name, *cells, f"{step.seconds:,.1f}")
-    console.print(shown)
-    results = Path(__file__).parent / "results" / f"dispatch-{date.today()}.md"
-    results.parent.mkdir(exist_ok=True)
-    text = [
-        f"# Peak memory of dispatch, {date.today()}",
-        "",
-        f"- command: `{command()}`",
-        f"- device: {device()}; {RANKS} gloo ranks, 1 thread each",
-        f"- versions: {versions('torch')}",
-        f"- bound on the rows that come to a rank at once: {bound:,}",
-        f"- verdict: {'; '.join(failures) or 'every check holds'}",
-        "",
-        markdown(shown),
+    facts = [
+        f"{RANKS} gloo ranks, 1 thread each",
+        f"bound on the rows that come to a rank at once: {bound:,}",
     ]
-    results.write_text("\n".join(text))
-    console.print(f"written to {results}")
-    for failure in failures:
-        console.print(f"[red]{failure}")
-    sys.exit(1 if failures else 0)
+    publish(console, "dispatch", "Peak memory of dispatch", facts, [shown], failures)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from peaks import Measured, measured
-from report import command, device, markdown, versions
+from report import publish
 
 RANKS = 4
 SLACK = 1.1  # over 1/P
@@ -168,25 +165,8 @@ def main() -> None:
     if ours.bytes > whole.bytes / RANKS * SLACK:
         failures.append(f"moptrace takes more than 1/{RANKS} of the plain peak and 10%")
     shown = table(shape, whole, ours, half)
-    console.print(shown)
-    results = Path(__file__).parent / "results" / f"memory-{date.today()}.md"
-    results.parent.mkdir(exist_ok=True)
-    text = [
-        f"# Peak memory, {date.today()}",
-        "",
-        f"- command: `{command()}`",
-        f"- device: {device()}; {RANKS} gloo ranks, 1 thread each",
-        f"- versions: {versions('torch')}",
-        f"- the losses agree to {error:.1e}",
-        f"- verdict: {'; '.join(failures) or 'every check holds'}",
-        "",
-        markdown(shown),
-    ]
-    results.write_text("\n".join(text))
-    console.print(f"written to {results}")
-    for failure in failures:
-        console.print(f"[red]{failure}")
-    sys.exit(1 if failures else 0)
+    facts = [f"{RANKS} gloo ranks, 1 thread each", f"the losses agree to {error:.1e}"]
+    publish(console, "memory", "Peak memory", facts, [shown], failures)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,47 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
+from rich.console import Console
 from rich.table import Table
 
-__all__ = ["command", "device", "markdown", "versions"]
+__all__ = ["command", "device", "markdown", "publish", "versions"]
+
+
+def publish(
+    console: Console,
+    name: str,
+    title: str,
+    facts: Sequence[str],
+    tables: Sequence[Table],
+    failures: Sequence[str] = (),
+) -> NoReturn:
+    """Show the tables, write them with all that made them to ``results``, and exit.
+
+    ``facts`` are lines about the run; the exit status is 1 where there are ``failures``.
+    """
+    for table in tables:
+        console.print(table)
+    results = Path(__file__).parent / "results" / f"{name}-{date.today()}.md"
+    results.parent.mkdir(exist_ok=True)
+    lines = [
+        f"command: `{command()}`",
+        f"device: {device()}",
+        f"versions: {versions('torch')}",
+        *facts,
+        f"verdict: {'; '.join(failures) or 'every check holds'}",
+    ]
+    head = [f"# {title}, {date.today()}", "", *(f"- {line}" for line in lines), ""]
+    results.write_text("\n".join([*head, *map(markdown, tables)]))
+    console.print(f"written to {results}")
+    for failure in failures:
+        console.print(f"[red]{failure}")
+    sys.exit(1 if failures else 0)
 
 
 def command() -> str:

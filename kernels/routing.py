@@ -89,9 +89,9 @@ def keep_pairs(
 
     Pairs with the highest scores are kept, and of equal scores those that come first; without
     scores, those that come first. Scores count in float32, so that equal tokens have equal ones
-    where float64 sums were taken in another order. With ``groups`` this holds for each group of tokens alone. They
-    are pairs of numbers, (parts, blocks), each of which splits every one of ``blocks`` equal pieces
-    of the tokens into parts, and those of later ones split the parts further.
+    where float64 sums were taken in another order. With ``groups`` this holds for each group of
+    tokens alone. They are pairs of numbers, (parts, blocks), each of which splits every one of
+    ``blocks`` equal pieces of the tokens into parts, and later ones split the parts further.
 
     Requires: the numbers of ``groups`` divide N.
     Ensures: ``counts[e]`` pairs chose expert e, kept or not.

@@ -40,6 +40,9 @@ or of its own of them, sorted by expert before and after: nothing needs to be co
 A ``_cast`` is the collective after a cast to ``dtype``; its transpose casts to ``back`` first, so
 that a value is gathered in few bytes and its gradient added up in more.
 
+A collective in which data travels is also two operators, ``start`` and ``wait``, between which
+others run; scheduled programs have these.
+
 Graphs name an axis, never a process group or a rank, so one graph serves every rank. The groups
 come from the ``Communicator`` that is active when the operator runs, and its backward uses the
 same one.
@@ -61,7 +64,16 @@ from torch import Tensor
 from moptrace.kernels.routing import group_rows, ungroup_rows
 from moptrace.placement import Invariant, Kind, Layout, Partial, Replicate, Rows, Shard
 
-__all__ = ["COLLECTIVES", "Collective", "Communicator", "collective", "conversion"]
+__all__ = [
+    "COLLECTIVES",
+    "Collective",
+    "Communicator",
+    "Pending",
+    "collective",
+    "conversion",
+    "start",
+    "wait",
+]
 
 
 class Communicator:
@@ -162,7 +174,7 @@ class Collective:
     transpose: str | None
     schema: str
     meaning: Callable[..., list[Tensor]]
-    run: Callable[..., Tensor]
+    run: Callable[..., Tensor] | _Exchange
     shape: Callable[..., Tensor]
 
     @property
@@ -183,6 +195,11 @@ class Collective:
         if self.transpose and "int dim" not in COLLECTIVES[self.transpose].schema:
             return arguments if self.moves_rows else arguments[:1]
         return arguments
+
+    @property
+    def travels(self) -> bool:
+        """Whether data travels, so that it can be started and waited for."""
+        return isinstance(self.run, _Exchange)
 
     @property
     def moves_rows(self) -> bool:
@@ -322,6 +339,46 @@ def _sum_and_split_slots(
 # --- runs: the same on one rank, over the process group -------------------------------------------
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A collective on its way: ``wait`` for its result, once.
+
+    ``work`` is the process group's, which holds what is sent until then; None where nothing is on
+    its way any more.
+    """
+
+    work: Any
+    finish: Callable[[], Tensor]
+
+    def wait(self) -> Tensor:
+        """The result, which needs what all ranks of the group have started."""
+        if self.work is not None:
+            self.work.wait()
+        return self.finish()
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """How a collective runs in which data travels: started, then waited for."""
+
+    start: Callable[..., Pending]
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        return self.start(*arguments).wait()
+
+
+def start(name: str, *arguments: Any) -> Pending:
+    """Begin a collective of the table, as an operator of a scheduled program."""
+    run = COLLECTIVES[name].run
+    assert isinstance(run, _Exchange), f"nothing travels in {name}"
+    return run.start(*arguments)
+
+
+def wait(pending: Pending) -> Tensor:
+    """The result of a collective that was started, as an operator of a scheduled program."""
+    return pending.wait()
+
+
 # The names after torch 2.11, where each replaces the other one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -332,7 +389,8 @@ def _axis(axis: str) -> tuple[Communicator, Any]:
     return here, here.groups[axis]
 
 
-def _run_gather(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
+@_Exchange
+def _run_gather(x: Tensor, axis: str, dim: int, length: int) -> Pending:
     here, group = _axis(axis)
     sizes = here.sizes(length, axis)
     widest = max(sizes)
@@ -340,13 +398,19 @@ def _run_gather(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
     if own.shape[0] < widest:
         own = torch.cat([own, own.new_zeros(widest - own.shape[0], *own.shape[1:])])
     out = x.new_empty(widest * len(sizes), *own.shape[1:])
-    _all_gather(out, own.contiguous(), group=group)
-    if min(sizes) < widest:
-        out = torch.cat([block[:n] for block, n in zip(out.split(widest), sizes, strict=True)])
-    return out if dim == 0 else out.movedim(0, dim).contiguous()
+
+    def finish() -> Tensor:
+        whole = out
+        if min(sizes) < widest:
+            blocks = zip(out.split(widest), sizes, strict=True)
+            whole = torch.cat([block[:n] for block, n in blocks])
+        return whole if dim == 0 else whole.movedim(0, dim).contiguous()
+
+    return Pending(_all_gather(out, own.contiguous(), group=group, async_op=True), finish)
 
 
-def _run_reduce_scatter(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
+@_Exchange
+def _run_reduce_scatter(x: Tensor, axis: str, dim: int, length: int) -> Pending:
     here, group = _axis(axis)
     sizes = here.sizes(length, axis)
     widest, own = max(sizes), sizes[here.coordinate(axis)]
@@ -356,21 +420,26 @@ def _run_reduce_scatter(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
         for block, piece in zip(padded, whole.split(list(sizes)), strict=True):
             block[: piece.shape[0]] = piece
         whole = padded.flatten(0, 1)
-    if x.device.type == "cpu":  # where gloo would reduce all of it on every rank
+    exchanged = x.device.type == "cpu"  # where gloo would reduce all of it on every rank
+    if exchanged:
         parts = torch.empty_like(whole, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(parts, whole.contiguous(), group=group)
-        out = parts.unflatten(0, (len(sizes), widest)).sum(0)
+        work = dist.all_to_all_single(parts, whole.contiguous(), group=group, async_op=True)
     else:
-        out = x.new_empty(widest, *whole.shape[1:])
-        _reduce_scatter(out, whole.contiguous(), group=group)
-    return out[:own].movedim(0, dim).contiguous()
+        parts = x.new_empty(widest, *whole.shape[1:])
+        work = _reduce_scatter(parts, whole.contiguous(), group=group, async_op=True)
+
+    def finish() -> Tensor:
+        out = parts.unflatten(0, (len(sizes), widest)).sum(0) if exchanged else parts
+        return out[:own].movedim(0, dim).contiguous()
+
+    return Pending(work, finish)
 
 
-def _run_reduce(x: Tensor, axis: str) -> Tensor:
+@_Exchange
+def _run_reduce(x: Tensor, axis: str) -> Pending:
     _, group = _axis(axis)
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=group)
-    return out
+    return Pending(dist.all_reduce(out, group=group, async_op=True), lambda: out)
 
 
 def _run_take(x: Tensor, axis: str, dim: int, length: int) -> Tensor:
@@ -391,9 +460,10 @@ def _run_first(x: Tensor, axis: str) -> Tensor:
     return x.clone() if Communicator.current().coordinate(axis) == 0 else torch.zeros_like(x)
 
 
+@_Exchange
 def _run_swap(
     x: Tensor, axis: str, split: int, split_length: int, join: int, join_length: int
-) -> Tensor:
+) -> Pending:
     here, group = _axis(axis)
     cut, glue = here.sizes(split_length, axis), here.sizes(join_length, axis)
     own = cut[here.coordinate(axis)]
@@ -402,68 +472,87 @@ def _run_swap(
     shape[split] = own
     rest = math.prod(n for d, n in enumerate(shape) if d != join)
     received = [n * rest for n in glue]
-    out = _all_to_all(torch.cat(pieces), [p.numel() for p in pieces], received, group)
-    blocks = []
-    for block, n in zip(out.split(received), glue, strict=True):
-        shape[join] = n
-        blocks.append(block.view(shape))
-    return torch.cat(blocks, join)
+
+    def joined(out: Tensor) -> Tensor:
+        blocks = []
+        for block, n in zip(out.split(received), glue, strict=True):
+            shape[join] = n
+            blocks.append(block.view(shape))
+        return torch.cat(blocks, join)
+
+    sent = [p.numel() for p in pieces]
+    return _all_to_all(torch.cat(pieces), sent, received, group, joined)
 
 
-def _run_exchange_counts(counts: Tensor, axis: str, length: int) -> Tensor:
+@_Exchange
+def _run_exchange_counts(counts: Tensor, axis: str, length: int) -> Pending:
     here, group = _axis(axis)
     sizes = here.sizes(length, axis)
     widest, own = max(sizes), sizes[here.coordinate(axis)]
     if min(sizes) < widest:
         counts = torch.cat([_padded(c, widest) for c in counts.split(list(sizes))])
     out = torch.empty_like(counts)
-    dist.all_to_all_single(out, counts, group=group)
-    return out.view(len(sizes), widest)[:, :own].contiguous()
+    work = dist.all_to_all_single(out, counts, group=group, async_op=True)
+    return Pending(work, lambda: out.view(len(sizes), widest)[:, :own].contiguous())
 
 
+@_Exchange
 def _run_send(
     rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: int, size: int | None = None
-) -> Tensor:
+) -> Pending:
     here, group = _axis(axis)
     out = _sums(counts, here.sizes(length, axis))
     return _all_to_all(rows, out, table.sum(1).tolist(), group)
 
 
+@_Exchange
 def _run_return(
     rows: Tensor, counts: Tensor, table: Tensor, axis: str, length: int, size: int | None = None
-) -> Tensor:
+) -> Pending:
     here, group = _axis(axis)
     back = _sums(counts, here.sizes(length, axis))
     return _all_to_all(rows, table.sum(1).tolist(), back, group)
 
 
-def _run_gather_rows(rows: Tensor, table: Tensor, axis: str, size: int | None = None) -> Tensor:
+@_Exchange
+def _run_gather_rows(rows: Tensor, table: Tensor, axis: str, size: int | None = None) -> Pending:
     # One exchange of exactly the rows there are: an all-gather would pad them to the fullest rank.
     _, group = _axis(axis)
     sizes = table.sum(1).tolist()
     own = [rows.shape[0]] * len(sizes)
-    return group_rows(_all_to_all(torch.cat([rows] * len(sizes)), own, sizes, group), table)
+    sent = torch.cat([rows] * len(sizes))
+    return _all_to_all(sent, own, sizes, group, lambda whole: group_rows(whole, table))
 
 
+@_Exchange
 def _run_reduce_scatter_rows(
     rows: Tensor, table: Tensor, axis: str, size: int | None = None
-) -> Tensor:
+) -> Pending:
     here, group = _axis(axis)
     sizes = table.sum(1).tolist()
     own = sizes[here.coordinate(axis)]
-    parts = _all_to_all(ungroup_rows(rows, table), sizes, [own] * len(sizes), group)
-    return parts.view(len(sizes), own, *rows.shape[1:]).sum(0)
+
+    def added(parts: Tensor) -> Tensor:
+        return parts.view(len(sizes), own, *rows.shape[1:]).sum(0)
+
+    return _all_to_all(ungroup_rows(rows, table), sizes, [own] * len(sizes), group, added)
 
 
-def _run_send_slots(rows: Tensor, axis: str, slots: int, length: int) -> Tensor:
+@_Exchange
+def _run_send_slots(rows: Tensor, axis: str, slots: int, length: int) -> Pending:
     here, group = _axis(axis)
     sizes = here.sizes(length, axis)
     own = sizes[here.coordinate(axis)]
-    came = _all_to_all(rows, [n * slots for n in sizes], [own * slots] * len(sizes), group)
-    return came.unflatten(0, (len(sizes), own, slots)).transpose(0, 1).flatten(0, 2)
+
+    def by_expert(came: Tensor) -> Tensor:
+        return came.unflatten(0, (len(sizes), own, slots)).transpose(0, 1).flatten(0, 2)
+
+    to, came = [n * slots for n in sizes], [own * slots] * len(sizes)
+    return _all_to_all(rows, to, came, group, by_expert)
 
 
-def _run_return_slots(rows: Tensor, axis: str, slots: int, length: int) -> Tensor:
+@_Exchange
+def _run_return_slots(rows: Tensor, axis: str, slots: int, length: int) -> Pending:
     here, group = _axis(axis)
     sizes = here.sizes(length, axis)
     own = sizes[here.coordinate(axis)]
@@ -471,25 +560,37 @@ def _run_return_slots(rows: Tensor, axis: str, slots: int, length: int) -> Tenso
     return _all_to_all(sent, [own * slots] * len(sizes), [n * slots for n in sizes], group)
 
 
-def _run_gather_slots(rows: Tensor, axis: str, slots: int, length: int) -> Tensor:
+@_Exchange
+def _run_gather_slots(rows: Tensor, axis: str, slots: int, length: int) -> Pending:
     here, group = _axis(axis)
     ranks = here.size(axis)
     out = rows.new_empty(ranks * rows.shape[0], *rows.shape[1:])
-    _all_gather(out, rows.contiguous(), group=group)
-    return out.unflatten(0, (ranks, -1, slots)).transpose(0, 1).flatten(0, 2)
+
+    def by_expert() -> Tensor:
+        return out.unflatten(0, (ranks, -1, slots)).transpose(0, 1).flatten(0, 2)
+
+    return Pending(_all_gather(out, rows.contiguous(), group=group, async_op=True), by_expert)
 
 
-def _run_reduce_scatter_slots(rows: Tensor, axis: str, slots: int, length: int) -> Tensor:
+@_Exchange
+def _run_reduce_scatter_slots(rows: Tensor, axis: str, slots: int, length: int) -> Pending:
     ranks = Communicator.current().size(axis)
     apart = rows.unflatten(0, (-1, ranks, slots)).transpose(0, 1).flatten(0, 2)
-    return _run_reduce_scatter(apart, axis, 0, apart.shape[0])
+    return _run_reduce_scatter.start(apart, axis, 0, apart.shape[0])
 
 
-def _all_to_all(x: Tensor, out_splits: list[int], in_splits: list[int], group: Any) -> Tensor:
+def _all_to_all(
+    x: Tensor,
+    out_splits: list[int],
+    in_splits: list[int],
+    group: Any,
+    finish: Callable[[Tensor], Tensor] = lambda received: received,
+) -> Pending:
     """Send ``out_splits`` leading slices to the ranks and receive ``in_splits`` from them."""
-    received = x.new_empty(sum(in_splits), *x.shape[1:])
-    dist.all_to_all_single(received, x.contiguous(), in_splits, out_splits, group=group)
-    return received
+    out = x.new_empty(sum(in_splits), *x.shape[1:])
+    x = x.contiguous()
+    work = dist.all_to_all_single(out, x, in_splits, out_splits, group=group, async_op=True)
+    return Pending(work, lambda: finish(out))
 
 
 def _sums(counts: Tensor, sizes: Sequence[int]) -> list[int]:
@@ -611,13 +712,13 @@ _SCATTER = (_SLICED, _sum_and_split, _run_reduce_scatter, _shape_slice)
 _GATHER_CAST = (
     _CAST,
     _cast_first(_concatenate, many=True),
-    _cast_first(_run_gather),
+    _Exchange(_cast_first(_run_gather.start)),
     _cast_first(_shape_whole),
 )
 _SCATTER_CAST = (
     _CAST,
     _cast_first(_sum_and_split, many=True),
-    _cast_first(_run_reduce_scatter),
+    _Exchange(_cast_first(_run_reduce_scatter.start)),
     _cast_first(_shape_slice),
 )
 _REDUCE = (_PLAIN, _sum, _run_reduce, _shape_same)

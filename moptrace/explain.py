@@ -139,12 +139,7 @@ class Explanation:
         raise KeyError(component)
 
     def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(
-            file=stream, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False
-        ).print(self._table())
-        lines = [line.rstrip() for line in stream.getvalue().splitlines()]
-        return "\n".join([*(line for line in lines if line), *self._remarks()])
+        return "\n".join([printed(self._table()), *self._remarks()])
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self), quote=False)}</pre>"
@@ -173,6 +168,16 @@ class Explanation:
         if assumed := " and ".join(dict.fromkeys(whys)):
             yield f"~ expected if {assumed}"
         yield from (f"note: {note}" for note in self.notes)
+
+
+def printed(table: Table) -> str:
+    """A table as plain text, without empty lines."""
+    stream = io.StringIO()
+    Console(
+        file=stream, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False
+    ).print(table)
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    return "\n".join(line for line in lines if line)
 
 
 def explain(program: Program) -> Explanation:

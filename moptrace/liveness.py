@@ -11,13 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import moptrace.kernels.host_memory  # noqa: F401  registers the operators
 from moptrace import roles
-from moptrace.collectives import collective
+from moptrace.collectives import COLLECTIVES, collective, start, wait
 from moptrace.core import Program
 
-__all__ = ["Alive", "Peak", "peak_memory", "storages", "write_backs"]
+__all__ = [
+    "Alive",
+    "Peak",
+    "lifetimes",
+    "peak_memory",
+    "shape_of",
+    "sizes_of_values",
+    "storages",
+    "symbols_of",
+    "write_backs",
+]
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.moptrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,61 +43,87 @@ class Alive:
 class Peak:
     """The most memory that the values of a program take: where, and the values alive there.
 
-    ``bytes`` is the sum over ``alive``, the largest first.
+    ``bytes`` is the sum over ``alive``, the largest first. ``host_bytes`` is the most that values
+    take in the memory of the host, where an ``offload`` sent them; it is no part of ``bytes``.
     """
 
     bytes: int
     node: str
     alive: tuple[Alive, ...]
+    host_bytes: int = 0
 
     def __str__(self) -> str:
         shown = [f"  {x.bytes:>15,}  %{x.name}" for x in self.alive[:20]]
         rest = [f"  ... and {len(self.alive) - 20} more"] if len(self.alive) > 20 else []
-        return "\n".join([f"{self.bytes:,} bytes at %{self.node}:", *shown, *rest])
+        host = f", and at most {self.host_bytes:,} on the host" if self.host_bytes else ""
+        return "\n".join([f"{self.bytes:,} bytes at %{self.node}{host}:", *shown, *rest])
 
 
 def peak_memory(program: Program) -> Peak:
     """The bytes of the values that are alive at once, where they are most.
 
     The program's inputs are alive throughout. Every other value is alive from its node to the last
-    node that uses it or a view of it. A new value of an input is written over the old one, and then
-    gone, as soon as nothing needs the old one (``write_backs``). Routed rows are counted as if
-    every rank got as many as it sends. What operators need while they run is not counted.
+    node that uses it or a view of it; what a collective sends is used until the ``wait``, and what
+    it brings takes memory from the ``start`` on. A new value of an input is written over the old
+    one, and then gone, as soon as nothing needs the old one (``write_backs``). Routed rows are
+    counted as if every rank got as many as it sends. What operators need while they run is not
+    counted.
     """
-    nodes = list(program.nodes)
+    spans = lifetimes(program)
+    sizes = sizes_of_values(program)
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for node, final in spans.items():
+        ends.setdefault(final, []).append(node)
+    alive: dict[fx.Node, int] = {}
+    total, best, at, there = 0, -1, program.graph.output_node(), dict[fx.Node, int]()
+    host, most = 0, 0
+    for node in program.nodes:
+        if _is_on_host(node):
+            host += sizes[node]
+            most = max(most, host)
+        elif node in spans:
+            alive[node] = sizes[node]
+            total += sizes[node]
+        if total > best:
+            best, at, there = total, node, dict(alive)
+        for gone in ends.get(node, ()):
+            if gone in alive:
+                total -= alive.pop(gone)
+            else:
+                host -= sizes[gone]
+    shown = sorted((Alive(n.name, b) for n, b in there.items() if b), key=lambda x: -x.bytes)
+    return Peak(best, at.name, tuple(shown), most)
+
+
+def lifetimes(program: Program) -> dict[fx.Node, fx.Node]:
+    """For every value that has memory of its own, the node after which that is free."""
     root = storages(program)
     last = _last_uses(program, root)
-    end = nodes[-1]
+    end = program.graph.output_node()
     written = {new: node for node, pairs in write_backs(program).items() for _, new in pairs}
-    sizes = _symbols(program)
-    bytes_ = {
-        node: _bytes(roles.value(node), sizes)
-        for node in nodes
+    position = {node: at for at, node in enumerate(program.nodes)}
+    until = {
+        node: end if node.op in ("placeholder", "get_attr") else last[node]
+        for node in program.nodes
         if root.get(node) is node and node.op != "output"
     }
-    position = {node: at for at, node in enumerate(nodes)}
-    until = {node: end if node.op in ("placeholder", "get_attr") else last[node] for node in bytes_}
     for output, node in zip(program.signature.outputs, program.outputs, strict=True):
         owner = root[node]
         if output.updates is None or node not in written:
             until[owner] = end
         elif owner.op not in ("placeholder", "get_attr"):
             until[owner] = max(until[owner], written[node], key=position.__getitem__)
-    ends: dict[fx.Node, list[fx.Node]] = {}
-    for node, final in until.items():
-        ends.setdefault(final, []).append(node)
-    alive: dict[fx.Node, int] = {}
-    total, best, at, there = 0, -1, end, dict[fx.Node, int]()
-    for node in nodes:
-        if node in bytes_:
-            alive[node] = bytes_[node]
-            total += bytes_[node]
-        if total > best:
-            best, at, there = total, node, dict(alive)
-        for gone in ends.get(node, ()):
-            total -= alive.pop(gone)
-    shown = sorted((Alive(n.name, b) for n, b in there.items() if b), key=lambda x: -x.bytes)
-    return Peak(best, at.name, tuple(shown))
+    return until
+
+
+def sizes_of_values(program: Program) -> dict[fx.Node, int]:
+    """The bytes of every value; of a list or a tuple none, since its elements are values."""
+    symbols = symbols_of(program)
+    return {node: _bytes(roles.value(node), symbols) for node in program.nodes}
+
+
+def _is_on_host(node: fx.Node) -> bool:
+    return node.target is ops.offload.default
 
 
 def storages(program: Program) -> dict[fx.Node, fx.Node]:
@@ -97,6 +134,8 @@ def storages(program: Program) -> dict[fx.Node, fx.Node]:
         is_view = getattr(node.target, "is_view", False) or node.target in _UNMARKED_VIEWS
         if node.target is operator.getitem:  # of a list of views, such as the pieces of a split
             is_view = root[source] is not source
+        if node.target is wait:  # the memory into which the start lets it come
+            is_view = True
         root[node] = root[source] if is_view and isinstance(source, fx.Node) else node
     return root
 
@@ -129,35 +168,42 @@ def _last_uses(program: Program, root: Mapping[fx.Node, fx.Node]) -> dict[fx.Nod
         last[root[node]] = node
         for operand in node.all_input_nodes:
             last[root[operand]] = node
+        if node.target is wait:
+            for sent in node.all_input_nodes[0].all_input_nodes:
+                last[root[sent]] = node
     return last
 
 
 _UNMARKED_VIEWS = (aten.reshape.default, aten._unsafe_view.default)
 
 
-def _bytes(value: Any, sizes: Mapping[Any, int]) -> int:
+def shape_of(value: Tensor, symbols: Mapping[Any, int]) -> tuple[int, ...]:
+    """A tensor's shape, with the numbers that its symbols stand for."""
+    return tuple(
+        int(n.node.expr.subs(symbols)) if isinstance(n, torch.SymInt) else n for n in value.shape
+    )
+
+
+def _bytes(value: Any, symbols: Mapping[Any, int]) -> int:
     """The bytes of a tensor; those of a list are its elements' own."""
     if not isinstance(value, Tensor):
         return 0
-    return math.prod(_size(n, sizes) for n in value.shape) * value.element_size()
+    return math.prod(shape_of(value, symbols)) * value.element_size()
 
 
-def _size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int:
-    return int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size
-
-
-def _symbols(program: Program) -> dict[Any, int]:
+def symbols_of(program: Program) -> dict[Any, int]:
     """How many rows every symbol stands for under balanced routing."""
     found: dict[Any, int] = {}
     for node in program.nodes:
-        row = collective(node.target)
+        row, args = collective(node.target), node.args
+        if node.target is start:
+            row, args = COLLECTIVES[str(args[0])], args[1:]
         if row is not None and row.moves_rows:
             received: Any = roles.tensor(node).shape[0]
-            sent = roles.tensor(node.args[0]).shape[0]  # type: ignore[arg-type]
             if isinstance(received, torch.SymInt):
-                rows = _size(sent, found)
+                rows = shape_of(roles.tensor(args[0]), found)[0]  # type: ignore[arg-type]
                 if row.name == "all_gather_rows":
                     assert program.layout is not None
-                    rows *= program.layout.size(str(node.args[2]))
+                    rows *= program.layout.size(str(args[2]))
                 found.setdefault(received.node.expr, rows)
     return found

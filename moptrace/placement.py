@@ -437,8 +437,7 @@ class Layout:
     def common_view(self, placements: Iterable[Placement]) -> View:
         """The view for an operator on values so placed: that of fewest axes which can say them all.
 
-        If none can, that which can say all but routed rows, for these can move; or that of its
-        tokens, if it has any: the other values are moved there.
+        If none can, that of its tokens, if it has any: the other values are moved there.
 
         >>> layout = Layout.of(4, ep=2)
         >>> rows, weight = Placement.uniform(layout.home, Shard(0)), (Shard(1), Shard(0))
@@ -449,11 +448,9 @@ class Layout:
         present = {placement.view for placement in said} - {self.home}
         order = (self.tokens, self.vocabulary, self.experts, self.tensor, self.dense)
         views = [view for view in order if view in present]
-        others = [p for p in said if not all(isinstance(kind, Rows) for kind in p.kinds)]
-        for these in (said, others):
-            for view in sorted((*views, self.home), key=lambda view: len(view.axes)):
-                if all(placement.expressed_in(view) for placement in these):
-                    return view
+        for view in sorted((*views, self.home), key=lambda view: len(view.axes)):
+            if all(placement.expressed_in(view) for placement in said):
+                return view
         return views[0]
 
     def size(self, axis: str) -> int:

@@ -10,13 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from moptrace.collectives import COLLECTIVES, Collective, Communicator, collective
+from moptrace.collectives import (
+    COLLECTIVES,
+    Collective,
+    Communicator,
+    Pending,
+    collective,
+    start,
+)
 from moptrace.core import Level, Program
 from moptrace.placement import Layout
 from moptrace.recompute import Region, recomputed, with_regions
@@ -110,7 +118,7 @@ def _rank(
 
 def _takes_all(target: Any) -> bool:
     """Whether an operator is one of several ranks."""
-    if isinstance(target, Region):
+    if isinstance(target, Region) or target is start:
         return True
     return any(row(target) is not None for row in (collective, ring, ring_backward))
 
@@ -119,6 +127,11 @@ def _meet(target: Any, args: list[tuple[Any, ...]], ranks: Sequence[Communicator
     """The result of an operator of several ranks, for each of them."""
     if isinstance(target, Region):
         return _again(target, args, ranks)
+    if target is start:
+        names = {own[0] for own in args}
+        assert len(names) == 1, f"the ranks start different collectives: {names}"
+        outs = _together(COLLECTIVES[names.pop()], [own[1:] for own in args], ranks[0].layout)
+        return [Pending(None, partial(_itself, out)) for out in outs]
     if (row := collective(target)) is not None:
         return _together(row, args, ranks[0].layout)
     if (round_trip := ring(target)) is not None:
@@ -126,6 +139,10 @@ def _meet(target: Any, args: list[tuple[Any, ...]], ranks: Sequence[Communicator
     round_trip = ring_backward(target)
     assert round_trip is not None
     return _back_around(round_trip, args, ranks)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _together(row: Collective, args: list[tuple[Any, ...]], layout: Layout) -> list[Any]:

@@ -7,10 +7,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from moptrace.core import Parameter
+from moptrace import roles
+from moptrace.collectives import collective
+from moptrace.core import Parameter, Program
 from moptrace.placement import Layout, Placement, chunk_sizes
 
-__all__ = ["assemble", "attach", "own_part", "own_shape", "stack", "unstack", "user_names"]
+__all__ = [
+    "assemble",
+    "attach",
+    "has_equal_shards",
+    "own_part",
+    "own_shape",
+    "sizes_of_rank",
+    "stack",
+    "unstack",
+    "user_names",
+]
 
 
 def user_names(parameter: Parameter) -> tuple[str, ...]:
@@ -64,6 +76,32 @@ def own_shape(
     """
     stored = placement.expressed_in(layout.storage) or placement
     return tuple(own_part(torch.empty(shape, device="meta"), stored, rank).shape)
+
+
+def sizes_of_rank(program: Program, rank: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks of which this is equal run one step program: all their parts have the same sizes."""
+    layout, signature = program.layout, program.signature
+    assert layout is not None
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    found: list[tuple[int, ...]] = []
+    for entry in (*signature.parameters, *signature.buffers, *signature.inputs):
+        placement = roles.placement(nodes[entry.name])
+        assert placement is not None
+        found.append(own_shape(entry.shape, placement, layout, rank))
+    for node in program.nodes:
+        row = collective(node.target)
+        if row is not None and "int length" in row.schema:
+            axis = next(x for x in node.args if isinstance(x, str))
+            at = layout.view_of(axis).coordinate(rank, axis)
+            length = row.without_size(node.args)[-1]
+            found.append((layout.sizes(length, axis)[at],))
+    return tuple(found)
+
+
+def has_equal_shards(program: Program) -> bool:
+    """Whether all ranks run one step program. Along every axis the first rank has the most."""
+    assert program.layout is not None
+    return sizes_of_rank(program, 0) == sizes_of_rank(program, program.layout.world_size - 1)
 
 
 def assemble(parts: Sequence[Tensor], placement: Placement) -> Tensor:

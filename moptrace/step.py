@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,16 +12,24 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from moptrace.core import Output, Pass, Program, chain
+from moptrace.costs import Machine
 from moptrace.errors import StepError
 from moptrace.liveness import Peak, peak_memory, write_backs
 from moptrace.parallel import ParallelModule
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
+from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.clip_gradients import NORM, clip_gradients
+from moptrace.passes.default import overlapped
 from moptrace.passes.differentiate import differentiate
+from moptrace.passes.fit_activations import fit_activations
+from moptrace.passes.offload import offload
 from moptrace.passes.recompute import recompute
 from moptrace.passes.shard_parameters import batch_sizes, is_split
+from moptrace.timeline import Timeline, measure, predict, write
 
 __all__ = ["Stepper", "TrainStep", "train_step"]
+
+_OVERLAPPED = overlapped()
 
 
 def train_step(
@@ -29,15 +38,23 @@ def train_step(
     *,
     max_norm: float | None = None,
     accumulate: int = 1,
-    schedule: Pass | None = None,
+    activations: str | int | Pass = "keep",
+    schedule: Pass | None = _OVERLAPPED,
 ) -> TrainStep:
     """Forward, loss, backward, reductions, clipping and optimizer as one graph.
 
     ``model`` is what ``parallelize`` returned, ``optimizer`` any ``torch.optim`` optimizer of its
     parameters that treats every element alike. Gradients are scaled down to a global norm of
     ``max_norm``, the norm that the unsharded model has; None leaves them. With ``accumulate``
-    micro-batches to a step, the loss is the mean over all their tokens. ``schedule`` is a pass, or
-    a chain of passes, over the finished step, such as ``passes.recompute.regather``.
+    micro-batches to a step, the loss is the mean over all their tokens.
+
+    ``activations`` says what is kept from forward to backward: ``"keep"`` everything,
+    ``"checkpoint"`` what enters each layer, ``"offload"`` that in the memory of the host; a number
+    of bytes, within which the step's peak is brought at the least cost (``fit_activations``); or a
+    pass, such as ``passes.checkpoint.checkpoint("attention")``. ``schedule`` is a pass, or a chain
+    of passes, over what results: by default collectives start early, and are waited for late, while
+    others compute (``passes.default.overlapped``); with None they run where they stand. Gathering
+    parameters again in backward is ``chain(regather(), overlapped())``.
 
         step = moptrace.train_step(model, optimizer, max_norm=1.0)
         loss = step(input_ids=ids, labels=labels)
@@ -46,10 +63,26 @@ def train_step(
     ``optimizer``: schedulers, ``state_dict``, ``torch.distributed.checkpoint`` and ordinary steps
     through ``backward`` work before, between and after.
 
-    Raises StepError for parameters that are not the model's, that the loss does not depend on, and
-    for optimizers that cannot be recorded.
+    Raises StepError for parameters that are not the model's, that the loss does not depend on, for
+    optimizers that cannot be recorded, and for a number of bytes within which no choice is.
     """
-    return TrainStep(model, optimizer, max_norm, accumulate, schedule)
+    passes = [*_policy(activations), *([schedule] if schedule else [])]
+    return TrainStep(model, optimizer, max_norm, accumulate, chain(*passes) if passes else None)
+
+
+def _policy(activations: str | int | Pass) -> list[Pass]:
+    """The passes that ``train_step(activations=)`` names."""
+    if isinstance(activations, Pass):
+        return [activations]
+    if isinstance(activations, int) and not isinstance(activations, bool) and activations > 0:
+        return [fit_activations(activations)]
+    known = {"keep": [], "checkpoint": [checkpoint()], "offload": [checkpoint(), offload()]}
+    if activations not in known:
+        raise StepError(
+            f"activations={activations!r} is none of {', '.join(map(repr, known))}, a positive "
+            "number of bytes, or a pass"
+        )
+    return known[activations]
 
 
 class TrainStep:
@@ -88,6 +121,28 @@ class TrainStep:
             raise StepError("no step has run yet: step.program is traced for the first batch")
         return self._program
 
+    def timeline(self, machine: Machine | None = None) -> Timeline:
+        """What the step that ran last would do when on a machine, by default one like an H100."""
+        return predict(self.program, machine)
+
+    def trace(self, path: str | Path, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a step as a call does, and write what ran when on this rank, for Perfetto.
+
+        The file has two processes: the step as it was measured, node by node, and as
+        ``timeline()`` predicts it. Returns the loss.
+        """
+        batch = self.model.named(args, kwargs)
+        measured: list[Timeline] = []
+
+        def run(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Any:
+            results, found = measure(module, arguments, torch.device(self.model.device))
+            measured.append(found)
+            return results
+
+        loss = self._step([_part(batch, i, self.accumulate) for i in range(self.accumulate)], run)
+        write(path, {"measured": measured[0], "predicted": self.timeline()})
+        return loss
+
     def peak_memory(self) -> Peak:
         """The most bytes that the step's values take on this rank, and the tensors alive then."""
         return peak_memory(self.program)
@@ -109,7 +164,11 @@ class TrainStep:
         given, self._waiting = self._waiting, []
         return self._step(given)
 
-    def _step(self, batches: Sequence[Mapping[str, Any]]) -> Tensor:
+    def _step(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        run: Callable[[fx.GraphModule, Sequence[Tensor]], Any] | None = None,
+    ) -> Tensor:
         model = self.model
         if len({model.traced_for(batch) for batch in batches}) > 1:
             raise StepError(
@@ -130,7 +189,8 @@ class TrainStep:
         buffers = [model.get_buffer(b.fqn) for b in signature.buffers]
         states = self._stepper.states(program)
         with torch.no_grad(), model.communicator:
-            results = self._runs[id(program)](*parameters, *buffers, *states, *inputs)
+            module, arguments = self._runs[id(program)], [*parameters, *buffers, *states, *inputs]
+            results = run(module, arguments) if run else module(*arguments)
             model.communicator.step += 1
         self._program = program
         left = [output for output in signature.outputs if output.updates is None]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from moptrace import roles, state
-from moptrace.collectives import collective
 from moptrace.core import Output, Pass, Program
 from moptrace.placement import INVARIANT, Placement, Shard
 from moptrace.precision import MixedPrecisionPolicy, convert
@@ -284,7 +283,7 @@ class SimulatedSteps:
             made = optimizer(shards)
             held = {p: names[p] for group in made.param_groups for p in group["params"]}
             self.steppers.append(Stepper(made, held, max_norm, accumulate, schedule, rank))
-        sizes = [_sizes_of_rank(local, rank) for rank in range(len(self.steppers))]
+        sizes = [state.sizes_of_rank(local, rank) for rank in range(len(self.steppers))]
         self._like = [sizes.index(own) for own in sizes]
 
     @property
@@ -334,25 +333,6 @@ class SimulatedSteps:
     def weights(self) -> dict[str, Tensor]:
         """Every parameter, whole, under the user's names."""
         return self.ranks.weights()
-
-
-def _sizes_of_rank(program: Program, rank: int) -> tuple[tuple[int, ...], ...]:
-    """Ranks of which this is equal run one step program: all their parts have the same sizes."""
-    layout, signature = program.layout, program.signature
-    assert layout is not None
-    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    found: list[tuple[int, ...]] = []
-    for entry in (*signature.parameters, *signature.buffers, *signature.inputs):
-        placement = roles.placement(nodes[entry.name])
-        assert placement is not None
-        found.append(state.own_shape(entry.shape, placement, layout, rank))
-    for node in program.nodes:
-        row = collective(node.target)
-        if row is not None and "int length" in row.schema:
-            axis = next(x for x in node.args if isinstance(x, str))
-            at = layout.view_of(axis).coordinate(rank, axis)
-            found.append((layout.sizes(node.args[-1], axis)[at],))  # type: ignore[arg-type]
-    return tuple(found)
 
 
 def simulated_step(

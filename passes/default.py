@@ -22,16 +22,18 @@ from moptrace.passes.gather_tokens import gather_tokens
 from moptrace.passes.localize import localize
 from moptrace.passes.mixed_precision import compute_routers, mixed_precision
 from moptrace.passes.normalize_losses import normalize_losses
+from moptrace.passes.overlap import overlap
 from moptrace.passes.place import place
 from moptrace.passes.raise_experts import raise_experts
 from moptrace.passes.replicated_tokens import report_replicated_tokens
 from moptrace.passes.shard_parameters import shard_batch, shard_parameters
+from moptrace.passes.start_and_wait import start_and_wait
 from moptrace.passes.tensor_parallel import tensor_parallel
 from moptrace.passes.vocabulary_parallel import vocabulary_parallel
 from moptrace.placement import Placement
 from moptrace.plan import Plan
 
-__all__ = ["canonical", "default", "sharded"]
+__all__ = ["canonical", "default", "overlapped", "sharded"]
 
 
 def default(plan: Plan, world_size: int) -> Pass:
@@ -86,3 +88,8 @@ def sharded(
         fuse_experts(),
         name="sharded",
     )
+
+
+def overlapped() -> Pass:
+    """A finished step whose collectives travel while others compute."""
+    return chain(start_and_wait(), overlap(), name="overlapped")

@@ -382,7 +382,8 @@ class _Localizer:
         if is_gathered(node):  # from as many ranks as the experts are shared by
             ranks *= math.prod(axis.size for axis in self.layout.experts.axes[1:])
         keep = keeper(node)
-        assert keep is not None and isinstance(capacity := keep.args[3], int)
+        capacity = keep.args[3] if keep else None
+        assert isinstance(capacity, int), f"nothing bounds the rows of {node.format_node()}"
         return capacity * ranks
 
     def _counts_of_slots(self, node: fx.Node, axis: str, after: Kind) -> fx.Node:

@@ -274,11 +274,13 @@ class _Placer:
         return roles.tensor(node).numel() * (_ACTIVATION if node in self.activations else 1)
 
     def _view(self, inputs: list[fx.Node], rule: Rule) -> View:
-        """The view in which an operator sees its operands: that of its tokens, if it has any."""
+        """The view in which an operator sees its operands: one of its tokens, if it has any."""
         placements = [p for x in inputs if (p := roles.placement(x)) is not None]
-        if rule.has_tokens:
-            placements += [self.tokens[x] for x in inputs if x in self.tokens]
-        return self.layout.common_view(placements)
+        tokens = [self.tokens[x] for x in inputs if x in self.tokens] if rule.has_tokens else []
+        view = self.layout.common_view([*placements, *tokens])
+        if any(p.expressed_in(view) is None for p in tokens):
+            return self.layout.common_view(tokens)
+        return view
 
     def _sayable(self, x: fx.Node, view: View, before: fx.Node) -> fx.Node:
         """An operand that a view has no words for: rows go home, the rest is gathered.

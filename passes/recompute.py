@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import fx
 
 from moptrace import roles
+from moptrace.activations import rows_of_dispatch
 from moptrace.collectives import collective
 from moptrace.core import Level, Pass, Program, erase_dead
 
-__all__ = ["recompute", "regather"]
+__all__ = ["computed_again", "dispatched", "recompute", "regather"]
+
+aten = torch.ops.aten
 
 
 def recompute() -> Pass:
@@ -25,7 +29,7 @@ def recompute() -> Pass:
     def rewrite(program: Program) -> Program:
         if not any(roles.role(node).recompute for node in program.nodes):
             return program
-        return _made_again(program, lambda node: bool(roles.role(node).recompute))
+        return computed_again(program, lambda node: bool(roles.role(node).recompute))
 
     return Pass("recompute", rewrite, takes=(Level.STEP,), needs=("differentiate",))
 
@@ -56,7 +60,7 @@ def regather(above: int = 0) -> Pass:
                 gathered[node] = large or any(gathered[x] for x in node.all_input_nodes)
             return gathered.get(node, False)
 
-        return _made_again(program, is_gathered)
+        return computed_again(program, is_gathered)
 
     return Pass("regather", rewrite, (("above", above),), (Level.STEP,), needs=("differentiate",))
 
@@ -65,21 +69,31 @@ _GATHERS = ("all_gather", "all_gather_cast")
 _AFTER_BACKWARD = (roles.Component.CLIPPING, roles.Component.OPTIMIZER)
 
 
-def _made_again(program: Program, is_again: Callable[[fx.Node], bool]) -> Program:
-    """Backward nodes take copies of some forward nodes; asked of every forward node, in order."""
+def computed_again(program: Program, is_again: Callable[[fx.Node], bool]) -> Program:
+    """Backward nodes take copies of some forward nodes; asked of every forward node, in order.
+
+    Each backward has one copy of a node, just before the first node that needs it. Copies are in
+    the order of the forward, so that collectives among them are on every rank. The rows of a
+    dispatch are taken by the order that it decided in forward.
+    """
     graph, _ = program.copy_graph()
+    place = {node: at for at, node in enumerate(graph.nodes)}
     chosen: set[fx.Node] = set()
     copies: dict[fx.Node, fx.Node] = {}  # made by the present backward
 
     def again(value: fx.Node, user: fx.Node) -> fx.Node:
-        if value not in chosen:
-            return value
-        if value not in copies:
-            with graph.inserting_before(user):
-                made = graph.node_copy(value, lambda x: again(x, user))
-            roles.set_role(made, backward=True, recompute="")
-            copies[value] = made
-        return copies[value]
+        missing: set[fx.Node] = set()
+        left = [value]
+        while left:
+            node = left.pop()
+            if node in chosen and node not in copies and node not in missing:
+                missing.add(node)
+                left += _needed_again(node)
+        with graph.inserting_before(user):
+            for node in sorted(missing, key=place.__getitem__):
+                copies[node] = made = _copied(graph, node, copies)
+                roles.set_role(made, backward=True, recompute="")
+        return copies.get(value, value)
 
     for node in list(graph.nodes):
         if roles.role(node).backward:
@@ -93,6 +107,34 @@ def _made_again(program: Program, is_again: Callable[[fx.Node], bool]) -> Progra
             copies.clear()  # the next micro-batch's forward
     erase_dead(graph)
     return program.with_graph(graph)
+
+
+def _needed_again(node: fx.Node) -> list[fx.Node]:
+    return [*dispatched(node)] if rows_of_dispatch(node) else node.all_input_nodes
+
+
+def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    if not rows_of_dispatch(node):
+        return graph.node_copy(node, lambda x: copies.get(x, x))
+    tokens, experts, order = (copies.get(x, x) for x in dispatched(node))
+    choices = roles.tensor(experts).shape[1]
+    token = graph.call_function(aten.floor_divide.default, (order, choices))
+    roles.copy_role(token, of=order, backward=True)
+    roles.set_value(token, roles.value(order))
+    rows = graph.call_function(aten.index_select.default, (tokens, 0, token))
+    roles.copy_role(rows, of=node)
+    roles.set_value(rows, roles.value(node))
+    return rows
+
+
+def dispatched(rows: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """The tokens of a dispatch, the experts that they chose, and the order of its rows."""
+    dispatch = rows.args[0]
+    assert isinstance(dispatch, fx.Node)
+    tokens, experts = dispatch.args[:2]
+    order = next((x for x in dispatch.users if x.args == (dispatch, 2)), None)
+    assert isinstance(tokens, fx.Node) and isinstance(experts, fx.Node) and order is not None
+    return tokens, experts, order
 
 
 def _bytes(node: fx.Node) -> int:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from _report import record_examples
 from moptrace import trace
-from moptrace.passes.default import canonical, sharded
+from moptrace.core import chain
+from moptrace.passes.default import canonical, overlapped, sharded
 from moptrace.passes.recompute import regather
 from moptrace.testing import SimulatedSteps, batches, model_specs, plans, whole_state
 from sweeps import WITHOUT_SHRINKING
@@ -18,7 +19,7 @@ from test_train_step import OPTIMIZERS, Eager, all_of, assert_same_steps
 
 SIZE, LENGTH = 6, 6
 EXAMPLES = 60
-SCHEDULES = (None, regather())
+SCHEDULES = (None, regather(), overlapped(), chain(regather(), overlapped()))
 
 
 STEPS_PER_MODEL = 3  # a model is traced once and trained in several ways

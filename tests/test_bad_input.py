@@ -58,7 +58,7 @@ def test_a_plan_that_does_not_divide_the_mesh_lists_those_that_would(sizes: dict
 
 def test_a_batch_that_the_ranks_do_not_divide_says_how_many_sequences_would() -> None:
     program = canonical()(trace(Tiny(), {"x": torch.randn(6, 3)}))
-    with pytest.raises(errors.PlanError, match="6 sequences .* 4 groups of ranks.*: 8 in all"):
+    with pytest.raises(errors.PlanError, match=r"6 sequences .* 4 groups of ranks.*: 8 in all"):
         sharded(plan(4), 4)(program)
 
 

@@ -440,7 +440,7 @@ class Unweighted(torch.nn.Module):
 
 def test_without_weights_nothing_is_more_probable() -> None:
     program = canonical()(trace(Unweighted().double(), {"x": torch.randn(6, 4).double()}))
-    with pytest.raises(errors.PlanError, match="added up without weights.*by='position'"):
+    with pytest.raises(errors.PlanError, match=r"added up without weights.*by='position'"):
         drop_tokens(Dropping(1.0))(program)
     fed = {"x": torch.randn(6, 4).double()}
     dropped = drop_tokens(Dropping(0.5, by="position"))(program)

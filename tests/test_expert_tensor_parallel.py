@@ -177,6 +177,26 @@ def test_operands_may_have_other_names_for_the_ranks_that_share_hidden_units() -
     assert_same_step(simulated_step(program, whole_state(model), fed), eager_step(model, fed))
 
 
+def test_rows_come_back_to_tokens_that_are_said_in_a_third_view() -> None:
+    # Rows see (edp, ep, etp), and tokens, with blocks, (dp_replicate, dp_shard).
+    model = ModelSpec(
+        layers=("moe",),
+        experts=1,
+        k=1,
+        width=6,
+        heads=3,
+        attention="fused",
+        biases=True,
+        style="canonical",
+        router="one_for_all",
+        gating="square",
+    ).build()
+    fed = models.batch(size=8, length=12, vocabulary=13)
+    plan = Plan(tp=2, cp=2, vp=4, dp_replicate=2, ep=4, etp=2).resolve(8, [])
+    program = sharded(plan, 8)(canonical()(trace(model, fed)))
+    assert_same_step(simulated_step(program, whole_state(model), fed), eager_step(model, fed))
+
+
 def stored(program: Program, *words: str) -> str:
     nodes = program.graph.find_nodes(op="placeholder")
     node = next(n for n in nodes if all(word in n.name for word in words))

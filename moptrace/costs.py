@@ -1,0 +1,110 @@
+"""How long operators take on an assumed machine, from the shapes in the graph.
+
+An operator takes as long as its products or its traffic with memory, whichever is longer, and as
+what it sends to other ranks. Numbers of routed rows are symbols; they count as under balanced
+routing, as they do in ``liveness.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from moptrace import roles
+from moptrace.activations import communicates
+from moptrace.core import Program
+from moptrace.liveness import shape_of, sizes_of_values, storages, symbols_of
+
+__all__ = ["Machine", "multiplies", "operator_costs"]
+
+aten, ops = torch.ops.aten, torch.ops.moptrace
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank is assumed to do in a second: the defaults are of the order of one H100.
+
+    ``flops`` of matrix products; bytes of its memory (``memory``), to other ranks (``link``), and
+    to or from the memory of the host (``host``). ``latency`` are the seconds that a collective
+    takes beside what it sends.
+    """
+
+    flops: float = 4e14
+    memory: float = 2e12
+    link: float = 5e10
+    host: float = 2.5e10
+    latency: float = 1e-5
+
+
+def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
+    """The seconds that every node takes; a view takes none."""
+    symbols, sizes, root = symbols_of(program), sizes_of_values(program), storages(program)
+
+    def shapes(node: fx.Node) -> list[Shape]:
+        values = pytree.tree_leaves([roles.value(x) for x in node.all_input_nodes])
+        return [shape_of(x, symbols) for x in values if isinstance(x, Tensor)]
+
+    def written(node: fx.Node) -> int:
+        return sizes[node] or sum(sizes[user] for user in node.users)  # of a tuple, its elements
+
+    found: dict[fx.Node, float] = {}
+    for node in program.nodes:
+        if node.op != "call_function" or root[node] is not node:
+            found[node] = 0.0
+            continue
+        moved = sum(sizes[x] for x in node.all_input_nodes) + written(node)
+        products = _products(node.target, shapes(node)) / machine.flops
+        sent = written(node) / machine.link if communicates(node) else 0.0
+        found[node] = max(products, moved / machine.memory) + sent
+    return found
+
+
+def multiplies(node: fx.Node) -> bool:
+    """Whether an operator multiplies matrices, as attention does too."""
+    return _count(node.target) is not None
+
+
+def _products(target: Any, shapes: list[Shape]) -> float:
+    """The floating-point operations of an operator's matrix products."""
+    count = _count(target)
+    return count(shapes) if count is not None else 0.0
+
+
+def _count(target: Any) -> Callable[[list[Shape]], float] | None:
+    if "attention" in getattr(target, "__name__", str(target)):
+        return _attention
+    return _PRODUCTS.get(target)
+
+
+def _product(shapes: list[Shape]) -> float:
+    """Of ``[..., m, k]`` and ``[..., k, n]``; of rows and their experts' weights alike."""
+    a, b = shapes[-2:]
+    return 2.0 * math.prod(a) * b[-1]
+
+
+def _grouped(shapes: list[Shape]) -> float:
+    return _product(shapes[:2])
+
+
+def _attention(shapes: list[Shape]) -> float:
+    """Of queries ``[..., s, d]``, keys ``[..., t, d]`` and values ``[..., t, e]``."""
+    query, key, value = shapes[:3]
+    return 2.0 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+_PRODUCTS: dict[Any, Callable[[list[Shape]], float]] = {
+    aten.mm.default: _product,
+    aten.addmm.default: _product,
+    aten.bmm.default: _product,
+    aten.baddbmm.default: _product,
+    ops.grouped_mm.default: _grouped,
+    ops.grouped_outer.default: _grouped,
+}

@@ -1,0 +1,274 @@
+"""What runs when in a training step: predicted from its graph, or measured while it runs.
+
+    print(step.timeline())
+    step.trace("step.json", input_ids=ids, labels=labels)  # open it in https://ui.perfetto.dev
+
+A step has one *lane* on which operators run one after another, and beside it one for each axis, on
+which collectives travel one after another. Where an operator needs what has not come, the first
+lane waits: that time is *exposed*.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import fx
+
+from moptrace import roles
+from moptrace.collectives import COLLECTIVES, Collective, collective, start, wait
+from moptrace.core import Program
+from moptrace.costs import Machine, operator_costs
+from moptrace.explain import printed
+from moptrace.liveness import sizes_of_values
+
+__all__ = ["Span", "Timeline", "measure", "predict", "write"]
+
+OPERATORS, WAITING = "operators", "waiting"  # lanes; the others are axes
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A node at work from ``begin`` to ``end``, in seconds, on a lane.
+
+    ``kind`` is the component of an operator, and of a collective its name and axis.
+    """
+
+    name: str
+    kind: str
+    lane: str
+    begin: float
+    end: float
+    backward: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All spans of a step, by their beginnings."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def seconds(self) -> float:
+        """How long the step takes."""
+        return max((span.end for span in self.spans), default=0.0)
+
+    @property
+    def exposed(self) -> float:
+        """How long operators wait for what travels."""
+        return sum(span.seconds for span in self.spans if span.lane == WAITING)
+
+    @property
+    def travelling(self) -> float:
+        """How long collectives travel, all axes together."""
+        return sum(x.seconds for x in self.spans if x.lane not in (OPERATORS, WAITING))
+
+    def __str__(self) -> str:
+        """The time of every component and collective, and how much of it the step waits for."""
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            title=f"{_shown(self.seconds)} ms a step, of which {_shown(self.exposed)} are exposed",
+            title_justify="left",
+        )
+        table.add_column("ms")
+        for column in ("forward", "backward", "exposed"):
+            table.add_column(column, justify="right")
+        work = [span for span in self.spans if span.lane == OPERATORS]
+        travels = [span for span in self.spans if span.lane not in (OPERATORS, WAITING)]
+        waits = _sums(span for span in self.spans if span.lane == WAITING)
+        for spans in (work, travels):
+            before, after = (
+                _sums(x for x in spans if not x.backward),
+                _sums(x for x in spans if x.backward),
+            )
+            for kind in sorted({x.kind for x in spans}, key=lambda k: -(before[k] + after[k])):
+                table.add_row(kind, *(_shown(found[kind]) for found in (before, after, waits)))
+            table.add_section()
+        return printed(table)
+
+
+def _sums(spans: Iterable[Span]) -> dict[str, float]:
+    found: dict[str, float] = defaultdict(float)
+    for span in spans:
+        found[span.kind] += span.seconds
+    return found
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f}" if seconds else ""
+
+
+def write(path: str | Path, timelines: Mapping[str, Timeline]) -> None:
+    """Write timelines as trace events, one process for each, which Perfetto and Chrome show."""
+    events: list[dict[str, Any]] = []
+    for process, (name, timeline) in enumerate(timelines.items()):
+        lanes = list(dict.fromkeys([OPERATORS, WAITING, *(s.lane for s in timeline.spans)]))
+        named = [(0, "process_name", name), *((i, "thread_name", x) for i, x in enumerate(lanes))]
+        for thread, what, text in named:
+            labelled = {"name": what, "ph": "M", "pid": process, "tid": thread}
+            events.append({**labelled, "args": {"name": text}})
+        for span in timeline.spans:
+            at = {"pid": process, "tid": lanes.index(span.lane)}
+            took = {"ts": span.begin * 1e6, "dur": span.seconds * 1e6}
+            events += [{"name": span.name, "cat": span.kind, "ph": "X", **at, **took}]
+    Path(path).write_text(json.dumps({"traceEvents": events}))
+
+
+# --- predicted ------------------------------------------------------------------------------------
+
+
+def predict(program: Program, machine: Machine | None = None) -> Timeline:
+    """What runs when on a machine of which the speeds are given.
+
+    An operator takes as long as its products or its traffic with memory (``costs.py``), and a
+    collective as long as what a rank sends. What travels in a ring is hidden by the ring's work.
+
+    Requires: a step.
+    """
+    assumed = machine or Machine()
+    costs, sizes = operator_costs(program, assumed), sizes_of_values(program)
+    assert program.layout is not None
+    spans: list[Span] = []
+    clock = 0.0
+    busy: dict[str, float] = defaultdict(float)  # until when an axis is
+    arrival: dict[fx.Node, float] = {}
+
+    def sends(node: fx.Node, row: Collective, args: tuple[Any, ...]) -> None:
+        axis = _axis(args)
+        parts = program.layout.size(axis)  # type: ignore[union-attr]
+        sent = _sent(row, sizes[args[0]], sizes[node], parts)
+        begin = max(clock, busy[axis])
+        seconds = assumed.latency + sent / assumed.link if parts > 1 else 0.0
+        busy[axis] = arrival[node] = begin + seconds
+        spans.append(_span(node, f"{row.name} {axis}", axis, begin, begin + seconds))
+
+    def waits(node: fx.Node, started: fx.Node, row: Collective, axis: str) -> None:
+        nonlocal clock
+        if arrival[started] > clock:
+            kind = f"{row.name} {axis}"
+            spans.append(_span(node, kind, WAITING, clock, arrival[started]))
+            clock = arrival[started]
+
+    for node in program.nodes:
+        row = _row(node)
+        if row is not None and node.target is not wait:
+            args = node.args[1:] if node.target is start else node.args
+            sends(node, row, args)
+            if node.target is not start:
+                waits(node, node, row, _axis(args))
+        elif row is not None:
+            started = node.all_input_nodes[0]
+            waits(node, started, row, _axis(started.args[1:]))
+        elif costs[node] > 0:
+            begin, clock = clock, clock + costs[node]
+            spans.append(_span(node, _component(node), OPERATORS, begin, clock))
+    return Timeline(tuple(sorted(spans, key=lambda span: span.begin)))
+
+
+def _row(node: fx.Node) -> Collective | None:
+    """The collective that a node runs, starts or waits for, if data travels in it."""
+    if node.target is wait:
+        node = node.all_input_nodes[0]
+    row = COLLECTIVES[str(node.args[0])] if node.target is start else collective(node.target)
+    return row if row is not None and row.travels else None
+
+
+def _axis(arguments: Iterable[Any]) -> str:
+    return next(x for x in arguments if isinstance(x, str))
+
+
+def _sent(row: Collective, given: int, came: int, parts: int) -> float:
+    """The bytes that a rank sends to others, where it has ``given`` and gets ``came``."""
+    others = (parts - 1) / parts
+    if row.name.startswith("all_reduce"):
+        return 2 * others * given
+    if row.name == "all_gather_rows":
+        return (parts - 1) * given
+    return others * (came if row.name.startswith("all_gather") else given)
+
+
+def _component(node: fx.Node) -> str:
+    return str(roles.component(node) or "other")
+
+
+def _span(node: fx.Node, kind: str, lane: str, begin: float, end: float) -> Span:
+    return Span(node.name, kind, lane, begin, end, roles.role(node).backward)
+
+
+# --- measured -------------------------------------------------------------------------------------
+
+
+def measure(
+    module: fx.GraphModule, arguments: Iterable[Any], device: torch.device
+) -> tuple[Any, Timeline]:
+    """Run a step's graph node by node, and say what ran when; also returns its results.
+
+    A collective's span goes from its start to the end of the wait for it: when it came before that
+    is not known. On a GPU, the times are those of its stream of operators.
+    """
+    run = _Measuring(module, _mark_on_gpu if device.type == "cuda" else _mark)
+    results = run.run(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return results, run.timeline()
+
+
+def _mark() -> float:
+    return time.perf_counter()
+
+
+def _mark_on_gpu() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+class _Measuring(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, mark: Callable[[], Any]):
+        super().__init__(module)
+        self.mark = mark
+        self.begin = mark()
+        self.marks: dict[fx.Node, tuple[Any, Any]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.mark()
+        result = super().run_node(n)
+        self.marks[n] = before, self.mark()
+        return result
+
+    def timeline(self) -> Timeline:
+        spans: list[Span] = []
+        for node, marks in self.marks.items():
+            begin, end = (self._since(mark) for mark in marks)
+            row = _row(node) if node.op == "call_function" else None
+            if row is None:
+                if node.op == "call_function":
+                    spans.append(_span(node, _component(node), OPERATORS, begin, end))
+                continue
+            started = node.all_input_nodes[0] if node.target is wait else node
+            axis = _axis(started.args[1:] if started.target is start else started.args)
+            kind, sent = f"{row.name} {axis}", self._since(self.marks[started][0])
+            if node.target is start:
+                spans.append(_span(node, kind, OPERATORS, begin, end))
+            else:
+                spans.append(_span(node, kind, WAITING, begin, end))
+                spans.append(_span(started, kind, axis, sent, end))
+        return Timeline(tuple(sorted(spans, key=lambda span: span.begin)))
+
+    def _since(self, mark: Any) -> float:
+        if isinstance(mark, float):
+            return mark - self.begin
+        return self.begin.elapsed_time(mark) * 1e-3
