@@ -333,7 +333,7 @@ def _(rows: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tenso
     scale = _with_dims(weights, rows.dim() - 1)
     result = rows.new_zeros(weights.shape[0], *rows.shape[1:], dtype=_exact(dtype))
     # One choice at a time: a [N, k, D] copy costs more in page faults than k passes over [N, D].
-    for j, chosen in enumerate(_choices(rows, order, *weights.shape, some)):
+    for j, chosen in enumerate(_choices(rows, order, weights.shape[0], weights.shape[1], some)):
         result.addcmul_(chosen, scale[:, j])
     return result.to(dtype)
 

@@ -114,7 +114,7 @@ def _told(dropping: Dropping, keep: fx.Node, groups: Groups) -> str:
 # --- one choice of experts ------------------------------------------------------------------------
 
 # The operators that go between pairs and rows, and how many operands they have.
-_OF_PAIRS = {ops.pair_rows.default: 2, ops.combine.default: 3}
+_OF_PAIRS: dict[Any, int] = {ops.pair_rows.default: 2, ops.combine.default: 3}
 
 
 def _drop(

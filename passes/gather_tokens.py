@@ -79,7 +79,7 @@ def _asks(node: fx.Node, kind: str) -> bool:
 
 def _gather(dispatch: fx.Node, axes: Sequence[str]) -> None:
     x, experts, number = dispatch.args[:3]
-    assert isinstance(x, fx.Node) and isinstance(experts, fx.Node)
+    assert isinstance(x, fx.Node) and isinstance(experts, fx.Node) and isinstance(number, int)
     with dispatch.graph.inserting_before(dispatch):
         numbers = dispatch.graph.call_function(
             aten.arange.default, (number,), {"device": roles.tensor(experts).device}

@@ -404,14 +404,14 @@ class _Localizer:
         x, counts = node.args[:2]
         assert isinstance(x, fx.Node) and isinstance(counts, fx.Node)
         experts = roles.tensor(counts).shape[0]
-        name = {
+        names: dict[tuple[Kind, Kind], str] = {
             (Rows("token"), Rows("expert")): "send_slots",
             (Rows("expert"), Rows("token")): "return_slots",
             (Rows("token"), REPLICATE): "all_gather_slots",
             (PARTIAL, Rows("token")): "reduce_scatter_slots",
-        }[kinds]
+        }
         arguments = (self.new[x], axis, slots, experts)
-        return self._call(node, COLLECTIVES[name].op, arguments, None)
+        return self._call(node, COLLECTIVES[names[kinds]].op, arguments, None)
 
     def _length(self, node: fx.Node, dim: int, axis: str) -> int:
         """The size of a dimension that the ranks of an axis share: what the others leave of it."""
