@@ -55,7 +55,7 @@ from moptrace import roles
 from moptrace.collectives import COLLECTIVES, Collective, collective
 from moptrace.core import Level, Parameter, Program
 from moptrace.errors import PassError
-from moptrace.passes.drop_tokens import keeper
+from moptrace.passes.drop_tokens import share_kept
 from moptrace.placement import Layout, Placement, Rows, Shard, chunk_sizes
 from moptrace.rings import Ring, Seat, bytes_sent, ring
 from moptrace.roles import Component
@@ -537,10 +537,8 @@ def _shares_kept(nodes: Sequence[fx.Node]) -> dict[fx.Node, float]:
     """For what has routed rows, the share of them that a capacity leaves if routing is balanced."""
     found: dict[fx.Node, float] = {}
     for node in nodes:
-        if node.target is ops.dispatch.default and (keep := keeper(node)) is not None:
-            _, _, experts, capacity = keep.args[:4]
-            pairs = roles.tensor(keep.args[0]).numel()  # type: ignore[arg-type]
-            found[node] = min(1.0, experts * capacity / max(pairs, 1))  # type: ignore[operator]
+        if node.target is ops.dispatch.default:
+            found[node] = share_kept(node)
         elif node.target is not ops.combine.default:
             found.update((node, found[x]) for x in node.all_input_nodes if x in found)
     return found

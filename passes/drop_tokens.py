@@ -20,7 +20,7 @@ from moptrace.placement import INVARIANT, Layout, Placement, Shard
 from moptrace.reshard import constrain
 from moptrace.rules import SIZE_ARGUMENT
 
-__all__ = ["drop_tokens", "group_tokens", "keeper", "leave_out", "rows_of"]
+__all__ = ["drop_tokens", "group_tokens", "keeper", "leave_out", "rows_of", "share_kept"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -160,6 +160,14 @@ def keeper(dispatch: fx.Node) -> fx.Node | None:
     while isinstance(node, fx.Node) and node.target is not ops.keep_pairs.default:
         node = next(iter(node.all_input_nodes), None)
     return node  # type: ignore[return-value]
+
+
+def share_kept(dispatch: fx.Node) -> float:
+    """How many of its tokens' pairs have a row if every expert is chosen as often."""
+    if (keep := keeper(dispatch)) is None:
+        return 1.0
+    pairs, experts, capacity = roles.tensor(keep.args[0]).numel(), *keep.args[2:4]  # type: ignore[arg-type]
+    return min(1.0, experts * capacity / max(pairs, 1))  # type: ignore[operator]
 
 
 def rows_of(dispatches: Sequence[fx.Node]) -> list[fx.Node]:

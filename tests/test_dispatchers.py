@@ -21,6 +21,7 @@ from moptrace.collectives import collective
 from moptrace.explain import explain
 from moptrace.kernels import reference
 from moptrace.kernels.routing import keep_pairs
+from moptrace.liveness import peak_memory, shape_of, symbols_of
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.drop_tokens import drop_tokens
@@ -338,6 +339,23 @@ def test_gathered_tokens_need_no_sizes() -> None:
     assert not any(collective(n.target).moves_rows for n in moved)  # type: ignore[union-attr]
     assert not any(n.target is ops.exchange_counts.default for n in moved)
     assert all(isinstance(s, int) for n in moved for s in roles.tensor(n.args[0]).shape[1:])  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("plan", "rows"),
+    [
+        (Plan(ep=2, dropping=Dropping(0.5)), 24),  # of 24 tokens with two choices each
+        (replace(GATHERING, ep=2), 48),  # half of two ranks' pairs
+        (replace(GATHERING, ep=2, dropping=Dropping(0.25)), 12),
+    ],
+    ids=str,
+)
+def test_the_peak_of_memory_counts_the_rows_that_are_expected(plan: Plan, rows: int) -> None:
+    step = differentiate()(local(EVEN, 4, plan))
+    expected = symbols_of(step)
+    (dispatch,) = step.graph.find_nodes(op="call_function", target=ops.dispatch.default)
+    assert shape_of(roles.value(dispatch)[0], expected) == (rows, 8)
+    assert peak_memory(step).bytes > 0
 
 
 def test_dropped_pairs_do_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
