@@ -172,18 +172,18 @@ def _(
     order = pairs.argsort(stable=True)
     # Unlike bincount, scatter_add refuses an expert that does not exist and needs no device sync.
     counts = pairs.new_zeros(num_experts + some).scatter_add_(0, pairs, torch.ones_like(pairs))
-    counts = counts[:num_experts]
+    if some:
+        counts = counts[:num_experts].clone()
     if capacity is not None:
         order = _slots(pairs.index_select(0, order), order, counts, capacity)
         counts = torch.full_like(counts, capacity)
     elif some:
-        order = order[: int(counts.sum())]
-        counts = counts.clone()  # a result of its own
+        order = order[: int(counts.sum())].clone()
     return _picked(x, order, experts.shape[1], some), counts, order
 
 
 def _slots(sorted_: Tensor, order: Tensor, counts: Tensor, capacity: int) -> Tensor:
-    """The order of rows of which each expert has so many, given that of the pairs by expert."""
+    """The pairs of so many rows for each expert, from the pairs in order of their experts."""
     start = torch.cat([counts.cumsum(0) - counts, counts.sum().view(1)])
     place = torch.arange(order.shape[0], device=order.device) - start.index_select(0, sorted_)
     total = counts.shape[0] * capacity

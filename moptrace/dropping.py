@@ -31,7 +31,8 @@ class Dropping:
     ``over``: which n tokens compete. ``"sub-sequence"``: each rank's own, so what is dropped
     depends on how many ranks share a batch, and nothing is sent to decide. ``"sequence"``: those of
     the ranks that share sequences (``cp`` and ``tp``), together. ``"batch"``: all, so what is
-    dropped does not depend on the plan. The last two gather the pairs' experts and weights.
+    dropped does not depend on the plan. The last two gather the pairs' experts and weights. With
+    micro-batches, tokens of one compete.
     ``pad``: each rank sends each expert exactly C rows, some of them of no token. No sizes are
     exchanged, and all shapes are known beforehand. Tokens then compete within a rank.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -91,17 +92,14 @@ def _groups(placement: Placement) -> Iterator[tuple[int, int]]:
 def _limits(dropping: Dropping, keep: fx.Node, groups: Groups) -> tuple[int, list[int]]:
     """The arguments of ``keep_pairs`` that say how many pairs an expert keeps, and of which."""
     tokens, choices = roles.tensor(keep.args[0]).shape  # type: ignore[arg-type]
-    for parts, _ in groups:
-        tokens //= parts
+    tokens //= math.prod(parts for parts, _ in groups)
     capacity = dropping.capacity(tokens, choices, keep.args[2])  # type: ignore[arg-type]
     return capacity, [number for pair in groups for number in pair]
 
 
 def _told(dropping: Dropping, keep: fx.Node, groups: Groups) -> str:
     tokens, choices = roles.tensor(keep.args[0]).shape  # type: ignore[arg-type]
-    number = 1
-    for parts, _ in groups:
-        number *= parts
+    number = math.prod(parts for parts, _ in groups)
     which = {"probability": "highest weights", "position": "first positions"}[dropping.by]
     of = f"each of {number} groups of {tokens // number}" if number > 1 else f"all {tokens}"
     return (
