@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.fx.node import map_arg
 
+from moptrace.core import ancestors
 from moptrace.kernels import onednn
 from moptrace.kernels.grouped_mm import ONEDNN_WIDTH, ROW_MULTIPLE, spans, uses_onednn
 
@@ -345,7 +346,7 @@ class _Expertwise:
         outputs = _outputs(grouped.graph)
         self.outputs = [outputs[i] for i in wanted]
         self.kept = [outputs[i] for i in wanted if i >= grouped.kept]
-        needed = _needed(self.outputs)
+        needed = ancestors(x for x in self.outputs if x is not None)
         self.rows = [x for x in self.inputs if x in grouped.rows and x in needed]
         self.example = grouped.example
         self.before: list[fx.Node] = []
@@ -446,18 +447,6 @@ class _Expertwise:
         for node in self.after:
             values[node] = _call(node, values)
         return tuple(x if x is None else values[x] for x in self.outputs)
-
-
-def _needed(outputs: Sequence[fx.Node | None]) -> set[fx.Node]:
-    """The nodes that the outputs depend on."""
-    needed: set[fx.Node] = set()
-    waiting = [x for x in outputs if x is not None]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
-    return needed
 
 
 def _is_sum(node: fx.Node) -> bool:

@@ -201,18 +201,23 @@ class ParallelModule(nn.Module):
             raise TypeError(f"forward takes {self._argument_names}, got {len(args)} values")
         return {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
 
-    def _check_batches(self, key: Any) -> None:
-        """Every rank must feed the same shapes, else collectives would wait for ever."""
-        if self._world == 1:
-            return
+    def differences(self, key: Any) -> list[Any]:
+        """What each rank gives for ``key``, if they differ; nothing if not. Collective."""
         digest = hashlib.blake2b(repr(key).encode(), digest_size=6).digest()
         mine = int.from_bytes(digest, "big")
         extremes = torch.tensor([mine, -mine], device=self._device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
-        if extremes[0] == -extremes[1]:
-            return
         every: list[Any] = [None] * self._world
+        if self._world > 1:
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
+        if extremes[0] == -extremes[1]:
+            return []
         dist.all_gather_object(every, key, group=self._group)
+        return every
+
+    def _check_batches(self, key: Any) -> None:
+        """Every rank must feed the same shapes, else collectives would wait for ever."""
+        if not (every := self.differences(key)):
+            return
         shown = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(every))
         raise MoptraceError(
             "the ranks were fed batches of different shapes, so they would run different "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from moptrace.activations import communicates
+from moptrace.collectives import start
 from moptrace.core import Output, Pass, Program, chain
 from moptrace.costs import Machine
 from moptrace.errors import StepError
@@ -19,6 +22,7 @@ from moptrace.parallel import ParallelModule
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
 from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.clip_gradients import NORM, clip_gradients
+from moptrace.passes.compile_regions import compile_regions
 from moptrace.passes.default import overlapped
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.fit_activations import fit_activations
@@ -40,6 +44,7 @@ def train_step(
     accumulate: int = 1,
     activations: str | int | Pass = "keep",
     schedule: Pass | None = _OVERLAPPED,
+    compile: bool = False,
 ) -> TrainStep:
     """Forward, loss, backward, reductions, clipping and optimizer as one graph.
 
@@ -54,7 +59,8 @@ def train_step(
     pass, such as ``passes.checkpoint.checkpoint("attention")``. ``schedule`` is a pass, or a chain
     of passes, over what results: by default collectives start early, and are waited for late, while
     others compute (``passes.default.overlapped``); with None they run where they stand. Gathering
-    parameters again in backward is ``chain(regather(), overlapped())``.
+    parameters again in backward is ``chain(regather(), overlapped())``. With ``compile``, what lies
+    between products and collectives, and the optimizer, runs in kernels that Inductor makes.
 
         step = moptrace.train_step(model, optimizer, max_norm=1.0)
         loss = step(input_ids=ids, labels=labels)
@@ -67,6 +73,7 @@ def train_step(
     optimizers that cannot be recorded, and for a number of bytes within which no choice is.
     """
     passes = [*_policy(activations), *([schedule] if schedule else [])]
+    passes += [compile_regions()] if compile else []
     return TrainStep(model, optimizer, max_norm, accumulate, chain(*passes) if passes else None)
 
 
@@ -177,6 +184,7 @@ class TrainStep:
             )
         program = self._stepper.program(model.local_program(batches[0]), model.device)
         if id(program) not in self._runs:
+            self._check_order(program)
             self._runs[id(program)] = executable(program, model.device)
         inputs = [
             x.to(model.device)
@@ -196,6 +204,17 @@ class TrainStep:
         left = [output for output in signature.outputs if output.updates is None]
         self.grad_norm = self._stepper.finish(zip(left, results, strict=True), self._like)
         return results[0]
+
+    def _check_order(self, program: Program) -> None:
+        """Ranks that run collectives in different orders would wait for ever."""
+        orders = self.model.differences(order_of_collectives(program))
+        if orders:
+            at, names = next((i, x) for i, x in enumerate(zip_longest(*orders)) if len({*x}) > 1)
+            raise StepError(
+                f"the ranks' steps differ from collective {at} on, which from rank 0 on is "
+                f"{', '.join(map(str, names))}. Give all ranks one schedule, whose decisions do "
+                "not depend on a rank's own sizes."
+            )
 
     def _like(self, fqn: str, value: Tensor) -> Tensor:
         """A new entry of the state is held as its parameter, if it is of that shape."""
@@ -303,6 +322,17 @@ class Stepper:
                 )
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask
         return norm
+
+
+def order_of_collectives(program: Program) -> list[str]:
+    """What the ranks must run in one order: each operator that takes several of them, by name."""
+    names: list[str] = []
+    for node in program.nodes:
+        if node.target is start:
+            names.append(str(node.args[0]))
+        elif communicates(node):
+            names.append(str(node.target))
+    return names
 
 
 def executable(program: Program, device: torch.device | str) -> fx.GraphModule:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moptrace import strategies
+
 VOCABULARY = 37
 
 
@@ -47,6 +49,30 @@ def batch(
     labels = torch.randint(vocabulary, shape, generator=generator)
     ignored = torch.rand(shape, generator=generator) < 0.2
     return {"input_ids": ids, "labels": labels.masked_fill(ignored, -100)}
+
+
+class LoopedExperts(nn.Module):
+    """Four small experts in a loop; ``between`` makes ``used`` numbers of what their first product
+    makes of a token, for their second one.
+    """
+
+    def __init__(self, between: Callable[[Tensor], Tensor], used: int = 6) -> None:
+        super().__init__()
+        self.between = between
+        self.embedding = nn.Embedding(11, 8)
+        self.gate = nn.Linear(8, 4, bias=False)
+        self.up = nn.ModuleList(nn.Linear(8, 6) for _ in range(4))
+        self.down = nn.ModuleList(nn.Linear(used, 8) for _ in range(4))
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(input_ids).flatten(0, 1)
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            token, at = torch.where(chosen == number)
+            y.index_add_(0, token, down(self.between(up(x[token]))) * weights[token, at, None])
+        return nn.functional.cross_entropy(self.head(x + y), labels.flatten())
 
 
 # ---- Routers: tokens [..., d] -> weights [..., k], experts [..., k] ------------------------------
@@ -176,39 +202,19 @@ class ModuleExperts(nn.Module):
 class LoopWhere(ModuleExperts):
     """``torch.where`` and ``index_add_``."""
 
-    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(chosen == e)
-            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
-        return out
+    mix = strategies.LoopWhere.mix
 
 
 class LoopSkipEmpty(ModuleExperts):
     """``nonzero``, with a branch for an expert that got no token, and ``out[i] +=``."""
 
-    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            pairs = (chosen == e).nonzero()
-            if pairs.numel() == 0:
-                continue
-            token, slot = pairs[:, 0], pairs[:, 1]
-            out[token] += weights[token, slot].unsqueeze(-1) * expert(x[token])
-        return out
+    mix = strategies.LoopSkipEmpty.mix
 
 
 class LoopMask(ModuleExperts):
     """Boolean-mask indexing and assignment."""
 
-    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            hit = chosen == e
-            token = hit.any(dim=-1)
-            weight = (weights * hit).sum(-1)
-            out[token] += expert(x[token]) * weight[token].unsqueeze(-1)
-        return out
+    mix = strategies.LoopMask.mix
 
 
 class LoopMaskThreeDimensional(LoopMask):

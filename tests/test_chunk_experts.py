@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
+import models
 import moptrace.simulate
 from double import InFloat64
 from gloo import Ranks
@@ -167,31 +168,13 @@ def test_routing_is_not_computed_again() -> None:
     assert Component.ROUTER not in map(roles.component, computed)
 
 
-class NoisyExperts(nn.Module):
-    """Four experts in a loop, with dropout inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 8)
-        self.gate = nn.Linear(8, 4, bias=False)
-        self.up = nn.ModuleList(nn.Linear(8, 6) for _ in range(4))
-        self.down = nn.ModuleList(nn.Linear(6, 8) for _ in range(4))
-        self.head = nn.Linear(8, 11)
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        x = self.embedding(input_ids).flatten(0, 1)
-        weights, chosen = self.gate(x).softmax(-1).topk(2)
-        y = torch.zeros_like(x)
-        for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
-            token, at = torch.where(chosen == number)
-            hidden = torch.dropout(up(x[token]).relu(), 0.5, train=True)
-            y.index_add_(0, token, down(hidden) * weights[token, at, None])
-        return nn.functional.cross_entropy(self.head(x + y), labels.flatten())
+def noisy(hidden: Tensor) -> Tensor:
+    return torch.dropout(hidden.relu(), 0.5, train=True)
 
 
 def test_a_draw_is_the_same_again_and_another_in_each_chunk() -> None:
     torch.manual_seed(0)
-    model = NoisyExperts().double()
+    model = models.LoopedExperts(noisy).double()
     fed = {k: v.clamp(max=10) for k, v in batch(1).items()}
     fed["input_ids"][:] = 3  # equal tokens differ by their draws alone
     program = canonical()(trace(model, fed))

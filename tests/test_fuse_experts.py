@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import models
 from moptrace import Plan, Program, trace
@@ -64,31 +64,17 @@ def test_frozen_experts_stay_frozen() -> None:
     assert_same_function(program, model, models.batch(1, size=12))
 
 
-class HalfUsed(nn.Module):
-    """Experts that use one half of what their first product makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 8)
-        self.gate = nn.Linear(8, 4, bias=False)
-        self.up = nn.ModuleList(nn.Linear(8, 6) for _ in range(4))
-        self.down = nn.ModuleList(nn.Linear(3, 8) for _ in range(4))
-        self.head = nn.Linear(8, 11)
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        x = self.embedding(input_ids).flatten(0, 1)
-        weights, chosen = self.gate(x).softmax(-1).topk(2)
-        y = torch.zeros_like(x)
-        for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
-            token, at = torch.where(chosen == number)
-            _, used = up(x[token]).chunk(2, -1)
-            y.index_add_(0, token, down(used.relu()) * weights[token, at, None])
-        return nn.functional.cross_entropy(self.head(x + y), labels.flatten())
+def second_half(hidden: Tensor) -> Tensor:
+    _, used = hidden.chunk(2, -1)
+    return used.relu()
 
 
 def test_a_piece_of_a_split_may_go_unused() -> None:
     torch.manual_seed(0)
-    model, batch = HalfUsed().double(), models.batch(1, size=12, vocabulary=11)
+    model, batch = (
+        models.LoopedExperts(second_half, used=3).double(),
+        models.batch(1, size=12, vocabulary=11),
+    )
     program = sharded(Plan(ep=2), 2)(canonical()(trace(model, batch)))
     assert len(functions(program)) == 1
     assert_same_function(program, model, batch)

@@ -23,9 +23,12 @@ import models
 from double import InFloat64
 from gloo import Ranks
 from moptrace import ParallelModule, Plan, Program, errors, parallelize, roles, trace, train_step
+from moptrace.core import chain
 from moptrace.passes.clip_gradients import clip_gradients
-from moptrace.passes.default import canonical, sharded
+from moptrace.passes.default import canonical, overlapped, sharded
 from moptrace.passes.differentiate import differentiate
+from moptrace.passes.overlap import overlap
+from moptrace.passes.start_and_wait import start_and_wait
 from moptrace.roles import Component
 from moptrace.testing import (
     ModelSpec,
@@ -591,6 +594,19 @@ def on_rank_refused() -> None:
         step.add(**{k: v[:, :4] for k, v in own.items()})
     with pytest.raises(errors.StepError, match="accumulate=0"):
         train_step(model, ADAMW(model.parameters()), accumulate=0)
+
+
+def on_rank_of_another_schedule() -> None:
+    model = parallel_of(SMALL, 2)
+    late = chain(start_and_wait(), overlap(prefetch=0, cover=0))
+    own = late if dist.get_rank() else overlapped()
+    step = train_step(model, ADAMW(model.parameters()), schedule=own)
+    with pytest.raises(errors.StepError, match=r"differ from collective .* one schedule"):
+        step(**model.local_batch(batch_of(0)))
+
+
+def test_ranks_with_different_schedules_are_told_so(ranks: Pools) -> None:
+    ranks(2)(on_rank_of_another_schedule)
 
 
 def test_what_is_no_step_is_refused(ranks: Pools) -> None:
