@@ -7,6 +7,7 @@ function from program to program. ``chain`` composes passes into a pass.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -348,6 +349,19 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
             found.add(node)
             left += node.all_input_nodes
     return found
+
+
+def connected(nodes: Iterable[fx.Node]) -> Iterator[list[fx.Node]]:
+    """The parts of some nodes between which there is no edge, each in the order of the nodes."""
+    part: dict[fx.Node, set[fx.Node]] = {}
+    ordered = list(nodes)
+    for node in ordered:
+        joined = {node}.union(*(part[x] for x in node.all_input_nodes if x in part))
+        part.update(dict.fromkeys(joined, joined))
+    together: dict[int, list[fx.Node]] = defaultdict(list)
+    for node in ordered:
+        together[id(part[node])].append(node)
+    yield from together.values()
 
 
 def erase_dead(graph: fx.Graph, keep: Sequence[fx.Node] = ()) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckError",
+    "CompileWarning",
     "MoptraceError",
     "PassError",
     "PlacementError",
@@ -44,3 +45,7 @@ class PassError(MoptraceError):
 
 class CheckError(MoptraceError):
     """A program is not well formed. This is a defect of the pass that made it."""
+
+
+class CompileWarning(UserWarning):
+    """A part of a step runs one operator after another, because it cannot be compiled."""

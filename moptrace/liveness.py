@@ -19,6 +19,7 @@ from moptrace.core import Program
 __all__ = [
     "Alive",
     "Peak",
+    "is_view",
     "lifetimes",
     "peak_memory",
     "shape_of",
@@ -131,13 +132,18 @@ def storages(program: Program) -> dict[fx.Node, fx.Node]:
     root: dict[fx.Node, fx.Node] = {}
     for node in program.nodes:
         source: Any = node.args[0] if node.args else None
-        is_view = getattr(node.target, "is_view", False) or node.target in _UNMARKED_VIEWS
+        looks = is_view(node)
         if node.target is operator.getitem:  # of a list of views, such as the pieces of a split
-            is_view = root[source] is not source
-        if node.target is wait:  # the memory into which the start lets it come
-            is_view = True
-        root[node] = root[source] if is_view and isinstance(source, fx.Node) else node
+            looks = root[source] is not source
+        if node.target is wait:  # at the memory into which the start lets it come
+            looks = True
+        root[node] = root[source] if looks and isinstance(source, fx.Node) else node
     return root
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether an operator's result may look at the memory of its first operand."""
+    return getattr(node.target, "is_view", False) or node.target in _UNMARKED_VIEWS
 
 
 def write_backs(program: Program) -> dict[fx.Node, list[tuple[fx.Node, fx.Node]]]:

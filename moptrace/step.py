@@ -22,6 +22,7 @@ from moptrace.parallel import ParallelModule
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
 from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.clip_gradients import NORM, clip_gradients
+from moptrace.passes.compile_regions import compile_regions
 from moptrace.passes.default import overlapped
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.fit_activations import fit_activations
@@ -43,6 +44,7 @@ def train_step(
     accumulate: int = 1,
     activations: str | int | Pass = "keep",
     schedule: Pass | None = _OVERLAPPED,
+    compile: bool = False,
 ) -> TrainStep:
     """Forward, loss, backward, reductions, clipping and optimizer as one graph.
 
@@ -57,7 +59,8 @@ def train_step(
     pass, such as ``passes.checkpoint.checkpoint("attention")``. ``schedule`` is a pass, or a chain
     of passes, over what results: by default collectives start early, and are waited for late, while
     others compute (``passes.default.overlapped``); with None they run where they stand. Gathering
-    parameters again in backward is ``chain(regather(), overlapped())``.
+    parameters again in backward is ``chain(regather(), overlapped())``. With ``compile``, what lies
+    between products and collectives, and the optimizer, runs in kernels that Inductor makes.
 
         step = moptrace.train_step(model, optimizer, max_norm=1.0)
         loss = step(input_ids=ids, labels=labels)
@@ -70,6 +73,7 @@ def train_step(
     optimizers that cannot be recorded, and for a number of bytes within which no choice is.
     """
     passes = [*_policy(activations, schedule), *([schedule] if schedule else [])]
+    passes += [compile_regions()] if compile else []
     return TrainStep(model, optimizer, max_norm, accumulate, chain(*passes) if passes else None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from moptrace import roles
-from moptrace.core import Level, Pass, Program
+from moptrace.core import Level, Pass, Program, connected
 from moptrace.kernels.expert_function import ExpertFunction, Operand, expert_function
 from moptrace.placement import Shard
 from moptrace.rules import Rule, argument, operands
@@ -111,7 +110,7 @@ def _regions(graph: fx.Graph) -> Iterator[_Region]:
             found = {node.args[1]}
         if len(found) == 1:
             rows[node], counts[node] = own, found.pop()
-    for nodes in _connected(_members(rows)):
+    for nodes in connected(_members(rows)):
         region = _Region(counts[nodes[0]], {node: rows[node] for node in nodes})
         if sum(node.target is PRODUCT for node in nodes) > 1 and region.is_movable:
             yield region
@@ -178,18 +177,6 @@ def _members(rows: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
         if node not in follows and all(user in members for user in node.users):
             members.add(node)
     return [node for node in rows if node in members]
-
-
-def _connected(nodes: list[fx.Node]) -> Iterator[list[fx.Node]]:
-    """The parts between which there is no edge, in the order of the nodes."""
-    part: dict[fx.Node, set[fx.Node]] = {}
-    for node in nodes:
-        joined = {node}.union(*(part[x] for x in node.all_input_nodes if x in part))
-        part.update(dict.fromkeys(joined, joined))
-    together: dict[int, list[fx.Node]] = defaultdict(list)
-    for node in nodes:
-        together[id(part[node])].append(node)
-    yield from together.values()
 
 
 # --- writing it -----------------------------------------------------------------------------------

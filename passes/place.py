@@ -216,17 +216,21 @@ class _Placer:
             if wanted != now:
                 moved = self._move(x, now, wanted, before=node)
                 _replace_operand(node, position, moved)
-        outs = tuple(self._in_words(Placement(view, tuple(kinds))) for kinds in gives)
+        outs = tuple(self._in_words(Placement(view, tuple(kinds)), node) for kinds in gives)
         roles.set_role(node, placements=outs, rule=rule)
         if node.target is torch.ops.moptrace.dispatch.default:
             tokens = roles.placement(operands(node)[0])
             assert tokens is not None
             self.tokens[node] = tokens
 
-    def _in_words(self, placement: Placement) -> Placement:
-        """A result's placement in the home view or that of tokens, where one can say it."""
+    def _in_words(self, placement: Placement, node: fx.Node) -> Placement:
+        """A result's placement in the home view or that of tokens, where one can say it.
+
+        What is made of parameters stays in the words in which it is stored: several axes split a
+        length that they do not divide in other places than one axis does.
+        """
         found = self.layout.normalised(placement)
-        of_words = found.view == self.layout.vocabulary
+        of_words = found.view == self.layout.vocabulary and node not in self.of_parameters
         return (found.expressed_in(self.layout.tokens) if of_words else None) or found
 
     def _whole(self, node: fx.Node, inputs: list[fx.Node]) -> Rule:

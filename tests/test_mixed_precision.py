@@ -43,6 +43,8 @@ PLANS = (
     (4, Plan(vp=2, ep=1, logits_bytes=0, embedding_bytes=0)),
     (4, Plan(dp_replicate=2, ep=4, expert_tokens=12)),
     (8, Plan(tp=2, cp=2, dp_replicate=2, ep=4, vp=2, context="ring", logits_bytes=0)),
+    # 13 words over vp=4, which are the ranks of cp and tp.
+    (8, Plan(tp=2, cp=2, dp_replicate=4, ep=1, vp=4, logits_bytes=0, embedding_bytes=0)),
 )
 every_plan = pytest.mark.parametrize(("ranks", "plan"), PLANS, ids=str)
 some_plans = pytest.mark.parametrize(
