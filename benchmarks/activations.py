@@ -9,8 +9,8 @@ it had before: the kernel measures it (VmHWM), and ``step.peak_memory()`` predic
 step's inputs. Without a GPU the memory of the host is the same memory, so what is sent there counts
 in both. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), or what one step
 leaves would be there before the next; and it is float64, because oneDNN, which multiplies float32,
-keeps memory for every number of rows that an expert has had. The exit status is 1 where prediction and measurement differ
-by more than 10%, or the losses by a bit.
+keeps memory for every number of rows that an expert has had. The exit status is 1 where prediction
+and measurement differ by more than 10%, or the losses by a bit.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from moptrace.core import Level, Pass, Program
 from moptrace.costs import Machine, operator_costs
 from moptrace.errors import StepError
 from moptrace.liveness import Peak, lifetimes, peak_memory, sizes_of_values
-from moptrace.passes.offload import may_be_sent, sent_to_host
+from moptrace.passes.offload import fetched_before, sent_to_host
 from moptrace.passes.recompute import computed_again, dispatched
 from moptrace.state import has_equal_shards
 
@@ -174,10 +174,9 @@ class _Problem:
                 continue
             backward = [self.place[x] for x in uses[node] if roles.role(x).backward]
             forward = [self.place[x] for x in uses[node] if not roles.role(x).backward]
-            layer = phase.layer_of[node]
             value = _Value(
                 node,
-                layer,
+                phase.layer_of[node],
                 self.sizes[node],
                 self.costs[node],
                 self.place[node],
@@ -187,8 +186,8 @@ class _Problem:
                 may_be_kept=not isinstance(roles.value(node), (list, tuple)),
                 may_be_again=self.known.may_be_again(node, collectives),
             )
-            if self._may_be_sent(value):
-                value.fetched = self.place[phase.starts[layer + 1]]
+            if (back := self._fetched_before(node)) is not None:
+                value.fetched = self.place[back]
             operands = dispatched(node) if rows_of_dispatch(node) else node.all_input_nodes
             value.operands = [made[root[x]] for x in operands if root[x] in made]
             made[node] = value
@@ -203,10 +202,10 @@ class _Problem:
             value.until = max([value.last_backward or -1, *later])
         yield from made.values()
 
-    def _may_be_sent(self, value: _Value) -> bool:
-        x = roles.value(value.node)
-        is_number = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
-        return is_number and may_be_sent(self.known, value.node)
+    def _fetched_before(self, node: fx.Node) -> fx.Node | None:
+        x = roles.value(node)
+        is_large = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
+        return fetched_before(self.known, node) if is_large else None
 
     def _share(self, groups: int) -> int:
         """Number the choices; values at the same place of like layers have the same one."""
