@@ -82,7 +82,7 @@ def _policy(activations: str | int | Pass, schedule: Pass | None) -> list[Pass]:
     if isinstance(activations, Pass):
         return [activations]
     if isinstance(activations, int) and not isinstance(activations, bool) and activations > 0:
-        return [fit_activations(activations, before=schedule)]
+        return [fit_activations(activations, then=schedule)]
     known = {"keep": [], "checkpoint": [checkpoint()], "offload": [checkpoint(), offload()]}
     if activations not in known:
         raise StepError(

@@ -30,7 +30,7 @@ from moptrace.core import Level, Pass, Program
 from moptrace.costs import Machine, operator_costs
 from moptrace.errors import StepError
 from moptrace.liveness import Peak, lifetimes, peak_memory, sizes_of_values
-from moptrace.passes.offload import may_be_sent, sent_to_host
+from moptrace.passes.offload import fetched_before, sent_to_host
 from moptrace.passes.recompute import computed_again, dispatched
 from moptrace.state import has_equal_shards
 
@@ -46,16 +46,16 @@ def fit_activations(
     machine: Machine | None = None,
     collectives: bool = False,
     groups: int = 4,
-    before: Pass | None = None,
+    then: Pass | None = None,
 ) -> Pass:
     """Bring the predicted peak of memory within ``budget`` bytes, at the least cost.
 
     The peak is that of ``peak_memory``: parameters, optimizer state and everything else included.
-    It is predicted for the step that a pass makes of the result which runs afterwards, ``before``
-    which this one stands: collectives that start early take memory early.
-    ``machine`` says how fast a rank is assumed to compute and to send. Like layers share their
-    choices in at most ``groups`` groups of neighbours. What routing decides is decided once, and
-    what ranks send each other is sent once, unless ``collectives``: then it may be sent again.
+    If a pass is to change the result, ``then`` is that pass, and the peak is predicted for what it
+    gives: collectives that start early take memory early. ``machine`` says how fast a rank is
+    assumed to compute and to send. Like layers share their choices in at most ``groups`` groups of
+    neighbours. What routing decides is decided once, and what ranks send each other is sent once,
+    unless ``collectives``: then it may be sent again.
 
     Requires: a step; SciPy, which the extra ``fit`` installs. Ensures: the same operators on the
     same values. Raises StepError where no choice is within the budget: it says the least that was
@@ -66,14 +66,14 @@ def fit_activations(
     assumed = machine or Machine()
 
     def rewrite(program: Program) -> Program:
-        if _peak(program, before).bytes <= budget:
+        if _peak(program, then).bytes <= budget:
             return program
         if collectives and not has_equal_shards(program):
             raise StepError(
                 "fit_activations cannot send again what ranks send each other: their shards differ "
                 "in size, so they could choose differently. Leave out collectives=True."
             )
-        problem = _Problem(program, assumed, collectives, groups, before)
+        problem = _Problem(program, assumed, collectives, groups, then)
         found = problem.within(budget) or problem.least()
         if found.peak.bytes <= budget:
             return found.program.with_note(found.words(assumed))
@@ -86,7 +86,7 @@ def fit_activations(
         )
 
     options = (("budget", budget), ("machine", assumed), ("collectives", collectives))
-    options = (*options, ("groups", groups), ("before", str(before)))
+    options = (*options, ("groups", groups), ("then", str(then)))
     return Pass("fit_activations", rewrite, options, takes=(Level.STEP,), needs=("differentiate",))
 
 
@@ -145,9 +145,9 @@ class _Problem:
         machine: Machine,
         collectives: bool = False,
         groups: int = 1,
-        before: Pass | None = None,
+        then: Pass | None = None,
     ):
-        self.program, self.machine, self.before = program, machine, before
+        self.program, self.machine, self.then = program, machine, then
         self.known = Activations(program)
         self.nodes = list(program.nodes)
         self.place = {node: at for at, node in enumerate(self.nodes)}
@@ -158,7 +158,7 @@ class _Problem:
         self.choices = self._share(groups)
         # At these places there are rows; the numbers of bytes by which they are too generous.
         self.names = {node.name: at for at, node in enumerate(self.nodes)}
-        unchanged = _Found(program, _peak(program, before), {})
+        unchanged = _Found(program, _peak(program, then), {})
         fullest = max(range(len(self.nodes)), key=self.fixed.__getitem__)
         self.moments = {self.place_of(unchanged): 0, fullest: 0}
 
@@ -174,10 +174,9 @@ class _Problem:
                 continue
             backward = [self.place[x] for x in uses[node] if roles.role(x).backward]
             forward = [self.place[x] for x in uses[node] if not roles.role(x).backward]
-            layer = phase.layer_of[node]
             value = _Value(
                 node,
-                layer,
+                phase.layer_of[node],
                 self.sizes[node],
                 self.costs[node],
                 self.place[node],
@@ -187,8 +186,8 @@ class _Problem:
                 may_be_kept=not isinstance(roles.value(node), (list, tuple)),
                 may_be_again=self.known.may_be_again(node, collectives),
             )
-            if self._may_be_sent(value):
-                value.fetched = self.place[phase.starts[layer + 1]]
+            if (back := self._fetched_before(node)) is not None:
+                value.fetched = self.place[back]
             operands = dispatched(node) if rows_of_dispatch(node) else node.all_input_nodes
             value.operands = [made[root[x]] for x in operands if root[x] in made]
             made[node] = value
@@ -203,10 +202,10 @@ class _Problem:
             value.until = max([value.last_backward or -1, *later])
         yield from made.values()
 
-    def _may_be_sent(self, value: _Value) -> bool:
-        x = roles.value(value.node)
-        is_number = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
-        return is_number and may_be_sent(self.known, value.node)
+    def _fetched_before(self, node: fx.Node) -> fx.Node | None:
+        x = roles.value(node)
+        is_large = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
+        return fetched_before(self.known, node) if is_large else None
 
     def _share(self, groups: int) -> int:
         """Number the choices; values at the same place of like layers have the same one."""
@@ -263,7 +262,7 @@ class _Problem:
 
     def place_of(self, found: _Found) -> int:
         """The place of a peak: of a copy or a transfer, that of what it was made for."""
-        program = self.before(found.program) if self.before else found.program
+        program = self.then(found.program) if self.then else found.program
         node = next(n for n in program.nodes if n.name == found.peak.node)
         while node.name not in self.names:
             node = node.next
@@ -281,11 +280,11 @@ class _Problem:
         program = computed_again(self.program, lambda node: node.name in names)
         sent = {value.node.name for value in chosen[SEND]}
         program = sent_to_host(program, sent) if sent else program
-        return _Found(program, _peak(program, self.before), chosen)
+        return _Found(program, _peak(program, self.then), chosen)
 
 
-def _peak(program: Program, before: Pass | None) -> Peak:
-    return peak_memory(before(program) if before else program)
+def _peak(program: Program, then: Pass | None) -> Peak:
+    return peak_memory(then(program) if then else program)
 
 
 def _likeness(value: _Value) -> Hashable:

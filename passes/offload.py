@@ -8,12 +8,12 @@ import torch
 from torch import fx
 
 from moptrace import roles
-from moptrace.activations import Activations, Phase
+from moptrace.activations import Activations
 from moptrace.core import Level, Pass, Program
 from moptrace.errors import StepError
 from moptrace.passes.recompute import computed_again
 
-__all__ = ["may_be_sent", "offload", "sent_to_host"]
+__all__ = ["fetched_before", "offload", "sent_to_host"]
 
 ops = torch.ops.moptrace
 
@@ -41,24 +41,24 @@ def offload() -> Pass:
                 "loss, after a feed-forward network or experts, past which nothing flows"
             )
         kept = set(known.kept)
-        sent = [x for x in entries if x in kept and may_be_sent(known, x)]
+        sent = [x for x in entries if x in kept and fetched_before(known, x)]
         return sent_to_host(program, {node.name for node in sent}) if sent else program
 
     return Pass("offload", rewrite, takes=(Level.STEP,), needs=("differentiate",))
 
 
-def may_be_sent(known: Activations, value: fx.Node) -> bool:
-    """Whether a value may be away from forward to backward: it is of a layer, not of the last."""
+def fetched_before(known: Activations, value: fx.Node) -> fx.Node | None:
+    """The backward node before which a value would come back from the host.
+
+    None if it may not go there: what is of the last layer, or follows that, is needed too soon.
+    """
     for phase in known.phases:
-        layer = phase.layer_of.get(_entered(known, phase, value))
-        if layer is not None:
-            return layer < phase.layers - 1 and layer + 1 in phase.starts
-    return False
-
-
-def _entered(known: Activations, phase: Phase, value: fx.Node) -> fx.Node:
-    """The value, or the view of it that enters a layer."""
-    return next((x for x in phase.entries if known.root[x] is value), value)
+        entered = next((x for x in phase.entries if known.root[x] is value), value)
+        if entered in phase.layer_of:
+            later = range(phase.layer_of[entered] + 1, phase.layers + 1)
+            starts = [phase.starts[layer] for layer in later if layer in phase.starts]
+            return starts[0] if len(later) > 1 and starts else None
+    return None
 
 
 def sent_to_host(program: Program, names: Iterable[str]) -> Program:
@@ -75,14 +75,11 @@ def sent_to_host(program: Program, names: Iterable[str]) -> Program:
             users = [user for user in value.users if roles.role(user).backward]
             if value.name not in wanted or not users:
                 continue
-            layer = phase.layer_of[_entered(known, phase, value)]
             reads = [u for x, root in known.root.items() if root is value for u in x.users]
             reads = [u for u in reads if not roles.role(u).backward and u.op != "output"]
             last = max([value, *reads], key=place.__getitem__)
             first = min(users, key=place.__getitem__)
-            later = range(layer + 1, phase.layers + 1)
-            ahead = next((phase.starts[x] for x in later if x in phase.starts), first)
-            early = min(ahead, first, key=place.__getitem__)
+            early = min(fetched_before(known, value) or first, first, key=place.__getitem__)
             with graph.inserting_after(new[last]):
                 away = _like(graph.call_function(ops.offload.default, (new[value],)), new[value])
             device = roles.tensor(value).device

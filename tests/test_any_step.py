@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from _report import record_examples
 from moptrace import trace
 from moptrace.core import chain
+from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.default import canonical, overlapped, sharded
+from moptrace.passes.offload import offload
 from moptrace.passes.recompute import regather
 from moptrace.testing import SimulatedSteps, batches, model_specs, plans, whole_state
 from sweeps import WITHOUT_SHRINKING
@@ -19,7 +21,14 @@ from test_train_step import OPTIMIZERS, Eager, all_of, assert_same_steps
 
 SIZE, LENGTH = 6, 6
 EXAMPLES = 60
-SCHEDULES = (None, regather(), overlapped(), chain(regather(), overlapped()))
+SCHEDULES = (
+    None,
+    regather(),
+    overlapped(),
+    chain(regather(), overlapped()),
+    checkpoint(),
+    chain(checkpoint(collectives=True), offload(), overlapped()),
+)
 
 
 STEPS_PER_MODEL = 3  # a model is traced once and trained in several ways

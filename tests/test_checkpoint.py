@@ -38,7 +38,7 @@ SPEC = ModelSpec(
     layers=("moe", "dense", "dense"), width=8, hidden=16, vocabulary=16, experts=4,
     style="canonical", attention="fused", shared="plain", balance=0.1,
 )  # fmt: skip
-PLAN = Plan(ep=2)
+PLAN = Plan(ep=2, count_tokens=True)
 PLANS = {
     "ep": (PLAN, 2),
     "ep, cp and tp": (Plan(ep=2, cp=2, tp=2), 4),

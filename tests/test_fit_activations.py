@@ -53,7 +53,7 @@ def test_the_peak_is_within_the_budget_and_less_costs_more() -> None:
 def test_the_budget_is_that_of_the_scheduled_step() -> None:
     program, schedule = program_of(), overlapped()
     budget = int(0.8 * peak_memory(schedule(program)).bytes)
-    fitted = fit_activations(budget, collectives=True, before=schedule)(program)
+    fitted = fit_activations(budget, collectives=True, then=schedule)(program)
     assert peak_memory(schedule(fitted)).bytes <= budget
 
 
