@@ -164,7 +164,7 @@ def test_ten_steps_of_any_elementwise_optimizer(name: str) -> None:
     assert_same_steps(simulated, Eager(model, make, 0.5), [batch_of(i) for i in range(10)])
 
 
-@pytest.mark.parametrize("name", sweep(models.FAMILIES, quick=("gpt_oss", "deepseek_v3")))
+@pytest.mark.parametrize("name", sweep(models.FAMILIES, quick=("gpt_oss",)))
 def test_hugging_face_models_take_the_same_steps(name: str) -> None:
     make = all_of(OPTIMIZERS["SGD, momentum"])
     model = models.build(f"{name}, eager")
