@@ -9,6 +9,7 @@ The tests hold the operators to these functions in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ __all__ = [
     "group_sum",
     "grouped_mm",
     "grouped_outer",
+    "keep_pairs",
     "linear_cross_entropy",
     "pair_dots",
     "pair_rows",
@@ -31,34 +33,94 @@ __all__ = [
 ]
 
 
-def dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch(
+    x: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    some: bool = False,
+    numbers: Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Each token once for each expert it chose, ordered by expert."""
-    order = experts.flatten().argsort(stable=True)
-    counts = torch.stack([(experts == e).sum() for e in range(num_experts)] or [order.new_empty(0)])
-    return x[order // experts.shape[1]], counts.view(num_experts), order
+    pairs = experts.flatten()
+    order: list[Tensor] = []
+    for e in range(num_experts) if numbers is None else numbers.tolist():
+        own = (pairs == e).nonzero().flatten()
+        if capacity is not None:
+            own = torch.cat([own, own.new_full((capacity - len(own),), len(pairs))])
+        order.append(own)
+    counts = torch.tensor([len(own) for own in order], dtype=torch.int64)
+    found = torch.cat([*order, pairs.new_empty(0)])
+    token = found // max(experts.shape[1], 1)
+    return _and_first(x)[token.where(found < len(pairs), len(x))], counts, found
 
 
-def pair_rows(values: Tensor, order: Tensor) -> Tensor:
+def keep_pairs(
+    experts: Tensor,
+    scores: Tensor | None,
+    num_experts: int,
+    capacity: int,
+    groups: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Each group of tokens in turn, and of it each expert's pairs, best first."""
+    parts = [torch.arange(experts.shape[0])]
+    for count, blocks in zip(groups[::2], groups[1::2], strict=True):
+        length = experts.shape[0] // blocks
+        for before, other in zip(groups[::2], groups[1::2], strict=True):
+            if (before, other) == (count, blocks):
+                break
+            length //= before if other == blocks else 1
+        step = length // count
+        parts = [p[(p % length) // step == i] for p in parts for i in range(count)]
+    kept = torch.full_like(experts, num_experts)
+    for tokens in parts:
+        for e in range(num_experts):
+            pairs = [(int(n), j) for n in tokens for j in range(experts.shape[1])]
+            queue = [pair for pair in pairs if experts[pair] == e]
+            if scores is not None:
+                queue.sort(key=lambda pair: -float(scores[pair].float()))
+            for pair in queue[:capacity]:
+                kept[pair] = e
+    return kept, torch.stack([(experts == e).sum() for e in range(num_experts)])
+
+
+def pair_rows(values: Tensor, order: Tensor, some: bool = False) -> Tensor:
     """One value for each (token, choice) pair, in the order of the rows."""
-    return values.flatten(0, 1)[order]
+    return _and_first(values.flatten(0, 1))[order]
 
 
-def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def combine(rows: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     """Each token's rows, brought back and summed with its weights."""
-    pairs = rows[order.argsort()].unflatten(0, weights.shape)
+    pairs = _pairs(rows, order, weights.numel()).unflatten(0, weights.shape)
     return (pairs * weights[(...,) + (None,) * (pairs.dim() - 2)]).sum(1)
 
 
-def weigh_rows(x: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def weigh_rows(x: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     """Each token once for each of its pairs, times the pair's weight."""
-    pairs = x.unsqueeze(1) * weights[(...,) + (None,) * (x.dim() - 1)]
-    return pairs.flatten(0, 1)[order]
+    pairs = (x.unsqueeze(1) * weights[(...,) + (None,) * (x.dim() - 1)]).flatten(0, 1)
+    return _and(pairs, torch.zeros(()))[order]
 
 
-def pair_dots(x: Tensor, rows: Tensor, order: Tensor, choices: int) -> Tensor:
+def pair_dots(x: Tensor, rows: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
     """Each token's dot products with its rows."""
-    pairs = rows[order.argsort()].unflatten(0, (x.shape[0], choices))
+    pairs = _pairs(rows, order, x.shape[0] * choices).unflatten(0, (x.shape[0], choices))
     return (x.unsqueeze(1) * pairs).reshape(*pairs.shape[:2], math.prod(x.shape[1:])).sum(2)
+
+
+def _pairs(rows: Tensor, order: Tensor, number: int) -> Tensor:
+    """The row of each pair, or zeros."""
+    return rows.new_zeros(number + 1, *rows.shape[1:]).index_copy(0, order, rows)[:number]
+
+
+def _and(x: Tensor, last: Tensor) -> Tensor:
+    """``x`` and one more."""
+    whole = last.to(x.dtype).expand(len(x) + 1, *x.shape[1:])
+    return whole.index_copy(0, torch.arange(len(x)), x)
+
+
+def _and_first(x: Tensor) -> Tensor:
+    """``x`` and what a row of no pair has: the first of ``x`` once more."""
+    return _and(x, x[0].detach() if len(x) else torch.zeros(()))
 
 
 def group_rows(rows: Tensor, table: Tensor) -> Tensor:

@@ -4,12 +4,18 @@ Every operator is registered in the ``moptrace`` namespace with a fake implement
 backward made of operators that have a backward themselves, so derivatives exist to any order and
 their graph reads like the forward's. ``moptrace.kernels.reference`` says what each means. N tokens
 choose k experts each, so there are S = N*k rows; D and F are any number of trailing dimensions.
+
+With ``some=True`` not every pair of a token and its choice has a row, and not every row is one of a
+pair: S is any number, and ``order`` says N*k for a row without a pair. A pair without a row adds
+nothing, here or to a gradient; what is computed on a row without a pair is not used. Such a row has
+the values of the first pair rather than zeros: what a model computes of a token is finite, where it
+may divide by a norm of zeros.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +25,7 @@ __all__ = [
     "combine",
     "dispatch",
     "group_rows",
+    "keep_pairs",
     "pair_dots",
     "pair_rows",
     "ungroup_rows",
@@ -28,60 +35,102 @@ __all__ = [
 # Library.define costs two thirds of what custom_op does at every call, and is the same node.
 _LIBRARY = torch.library.Library("moptrace", "FRAGMENT")
 _LIBRARY.define(
-    "dispatch(Tensor x, Tensor experts, SymInt num_experts) -> (Tensor, Tensor, Tensor)"
+    "dispatch(Tensor x, Tensor experts, SymInt num_experts, bool some=False, "
+    "Tensor? numbers=None, SymInt? capacity=None) -> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.define("pair_rows(Tensor values, Tensor order) -> Tensor")
-_LIBRARY.define("combine(Tensor rows, Tensor order, Tensor weights) -> Tensor")
-_LIBRARY.define("weigh_rows(Tensor x, Tensor order, Tensor weights) -> Tensor")
-_LIBRARY.define("pair_dots(Tensor x, Tensor rows, Tensor order, SymInt choices) -> Tensor")
+_LIBRARY.define(
+    "keep_pairs(Tensor experts, Tensor? scores, SymInt num_experts, SymInt capacity, "
+    "int[] groups=[]) -> (Tensor, Tensor)"
+)
+_LIBRARY.define("pair_rows(Tensor values, Tensor order, bool some=False) -> Tensor")
+_LIBRARY.define("combine(Tensor rows, Tensor order, Tensor weights, bool some=False) -> Tensor")
+_LIBRARY.define("weigh_rows(Tensor x, Tensor order, Tensor weights, bool some=False) -> Tensor")
+_LIBRARY.define(
+    "pair_dots(Tensor x, Tensor rows, Tensor order, SymInt choices, bool some=False) -> Tensor"
+)
 _LIBRARY.define("group_rows(Tensor rows, Tensor table) -> Tensor")
 _LIBRARY.define("ungroup_rows(Tensor rows, Tensor table) -> Tensor")
 
 
-def dispatch(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch(
+    x: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    some: bool = False,
+    numbers: Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Copy each token once for each expert it chose, and order the copies by expert.
 
     x [N, *D], experts int64 [N, k] -> rows [S, *D], counts int64 [E], order int64 [S].
 
-    Requires: every entry of ``experts`` lies in [0, num_experts).
+    With ``some``, the number E says that a pair has no row; ``numbers``, consecutive numbers of
+    experts, leaves out the pairs of all others, and those of ``counts``; and ``capacity`` makes as
+    many rows for each expert, so that S does not depend on the choices.
+
+    Requires: every entry of ``experts`` lies in [0, num_experts), or is E with ``some``; no expert
+    has more pairs than ``capacity``.
     Ensures: row i is the pair ``order[i]`` = n*k + j of token n and its choice j; pairs of the same
     expert keep their order; ``counts[e]`` rows belong to expert e.
     """
-    return torch.ops.moptrace.dispatch.default(x, experts, num_experts)
+    return torch.ops.moptrace.dispatch.default(x, experts, num_experts, some, numbers, capacity)
 
 
-def pair_rows(values: Tensor, order: Tensor) -> Tensor:
+def keep_pairs(
+    experts: Tensor,
+    scores: Tensor | None,
+    num_experts: int,
+    capacity: int,
+    groups: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Keep at most ``capacity`` pairs of each expert; the others get the number ``num_experts``.
+
+    experts int64 [N, k], scores [N, k] or None -> int64 [N, k], counts int64 [E].
+
+    Pairs with the highest scores are kept, and of equal scores those that come first; without
+    scores, those that come first. Scores count in float32, so that equal tokens have equal ones
+    where float64 sums were taken in another order. With ``groups`` this holds for each group of
+    tokens alone. They are pairs of numbers, (parts, blocks), each of which splits every one of
+    ``blocks`` equal pieces of the tokens into parts, and later ones split the parts further.
+
+    Requires: the numbers of ``groups`` divide N.
+    Ensures: ``counts[e]`` pairs chose expert e, kept or not.
+    """
+    return torch.ops.moptrace.keep_pairs.default(experts, scores, num_experts, capacity, groups)
+
+
+def pair_rows(values: Tensor, order: Tensor, some: bool = False) -> Tensor:
     """Bring one value for each pair into the order of the rows.
 
     values [N, k, *F], order [S] -> [S, *F].
     """
-    return torch.ops.moptrace.pair_rows.default(values, order)
+    return torch.ops.moptrace.pair_rows.default(values, order, some)
 
 
-def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def combine(rows: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     """Sum each token's rows with its weights.
 
     rows [S, *D], order [S], weights [N, k] -> [N, *D].
 
     Ensures: the product is formed in, and the result has, the dtype that the two promote to.
     """
-    return torch.ops.moptrace.combine.default(rows, order, weights)
+    return torch.ops.moptrace.combine.default(rows, order, weights, some)
 
 
-def weigh_rows(x: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def weigh_rows(x: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     """Copy each token once for each of its pairs, times the pair's weight: ``combine``'s transpose.
 
-    x [N, *D], order [S], weights [N, k] -> [S, *D].
+    x [N, *D], order [S], weights [N, k] -> [S, *D]. A row without a pair is zero.
     """
-    return torch.ops.moptrace.weigh_rows.default(x, order, weights)
+    return torch.ops.moptrace.weigh_rows.default(x, order, weights, some)
 
 
-def pair_dots(x: Tensor, rows: Tensor, order: Tensor, choices: int) -> Tensor:
+def pair_dots(x: Tensor, rows: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
     """Multiply each token with each of its rows, as dot products: ``combine``'s other transpose.
 
     x [N, *D], rows [S, *D], order [S], choices = k -> [N, k].
     """
-    return torch.ops.moptrace.pair_dots.default(x, rows, order, choices)
+    return torch.ops.moptrace.pair_dots.default(x, rows, order, choices, some)
 
 
 def group_rows(rows: Tensor, table: Tensor) -> Tensor:
@@ -106,33 +155,75 @@ def ungroup_rows(rows: Tensor, table: Tensor) -> Tensor:
 
 
 @torch.library.impl(_LIBRARY, "dispatch", "CompositeExplicitAutograd")
-def _(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    some: bool = False,
+    numbers: Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_tokens(x, experts)
     pairs = experts.flatten()
+    if numbers is not None:
+        num_experts = numbers.shape[0]
+        own = pairs - numbers[:1] if num_experts else torch.zeros_like(pairs)
+        pairs = own.masked_fill((own < 0) | (own >= num_experts), num_experts)
     order = pairs.argsort(stable=True)
     # Unlike bincount, scatter_add refuses an expert that does not exist and needs no device sync.
-    counts = pairs.new_zeros(num_experts).scatter_add_(0, pairs, torch.ones_like(pairs))
-    return x.index_select(0, order // experts.shape[1]), counts, order
+    counts = pairs.new_zeros(num_experts + some).scatter_add_(0, pairs, torch.ones_like(pairs))
+    if some:
+        counts = counts[:num_experts].clone()
+    if capacity is not None:
+        order = _slots(pairs.index_select(0, order), order, counts, capacity)
+        counts = torch.full_like(counts, capacity)
+    elif some:
+        order = order[: int(counts.sum())].clone()
+    return _picked(x, order, experts.shape[1], some), counts, order
+
+
+def _slots(sorted_: Tensor, order: Tensor, counts: Tensor, capacity: int) -> Tensor:
+    """The pairs of so many rows for each expert, from the pairs in order of their experts."""
+    start = torch.cat([counts.cumsum(0) - counts, counts.sum().view(1)])
+    place = torch.arange(order.shape[0], device=order.device) - start.index_select(0, sorted_)
+    total = counts.shape[0] * capacity
+    nowhere = (sorted_ == counts.shape[0]) | (place >= capacity)
+    slot = (sorted_ * capacity + place).masked_fill(nowhere, total)
+    return order.new_full((total + 1,), order.shape[0]).scatter_(0, slot, order)[:total].clone()
 
 
 @torch.library.register_fake("moptrace::dispatch", lib=_LIBRARY)
-def _(x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor,
+    experts: Tensor,
+    num_experts: int,
+    some: bool = False,
+    numbers: Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_tokens(x, experts)
-    order = experts.new_empty(experts.shape[0] * experts.shape[1])
-    return x.new_empty(order.shape[0], *x.shape[1:]), experts.new_empty(num_experts), order
+    size = num_experts if numbers is None else numbers.shape[0]
+    rows: Any = experts.shape[0] * experts.shape[1]
+    if capacity is not None:
+        rows = size * capacity
+    elif some:
+        rows = torch.library.get_ctx().new_dynamic_size()
+    order = experts.new_empty(rows)
+    return x.new_empty(rows, *x.shape[1:]), experts.new_empty(size), order
 
 
 def _save_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[2])
-    ctx.pairs = inputs[1].shape
+    ctx.pairs, ctx.some = inputs[1].shape, inputs[3]
     ctx.set_materialize_grads(False)  # no zeros for the integers
 
 
 def _differentiate_dispatch(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 5
     if grad is None:
-        return None, None, None
+        return None, *nothing
     (order,) = ctx.saved_tensors
-    return combine(grad, order, grad.new_ones(ctx.pairs)), None, None
+    return combine(grad, order, grad.new_ones(ctx.pairs), ctx.some), *nothing
 
 
 torch.library.register_autograd(
@@ -140,29 +231,90 @@ torch.library.register_autograd(
 )
 
 
+# keep_pairs
+
+
+@torch.library.impl(_LIBRARY, "keep_pairs", "CompositeExplicitAutograd")
+def _(
+    experts: Tensor,
+    scores: Tensor | None,
+    num_experts: int,
+    capacity: int,
+    groups: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    pairs = experts.flatten()
+    total = pairs.shape[0]
+    order = torch.arange(total, device=pairs.device)
+    if scores is not None:
+        order = scores.flatten().float().argsort(stable=True, descending=True)
+    queue = pairs  # one for each expert, in each group
+    if groups:
+        group = _groups(experts.shape[0], groups, pairs.device)
+        queue = pairs + num_experts * group.repeat_interleave(experts.shape[1])
+    order = order.index_select(0, queue.index_select(0, order).argsort(stable=True))
+    sorted_ = queue.index_select(0, order)
+    first = torch.searchsorted(sorted_, sorted_)
+    late = torch.arange(total, device=pairs.device) - first >= capacity
+    dropped = torch.empty_like(late).scatter_(0, order, late)
+    counts = pairs.new_zeros(num_experts).scatter_add_(0, pairs, torch.ones_like(pairs))
+    return pairs.masked_fill(dropped, num_experts).view(experts.shape), counts
+
+
+def _groups(tokens: int, groups: Sequence[int], device: torch.device) -> Tensor:
+    """The group of each token."""
+    at = torch.arange(tokens, device=device)
+    number, lengths = torch.zeros_like(at), dict[int, int]()
+    for parts, blocks in zip(groups[::2], groups[1::2], strict=True):
+        length = lengths.get(blocks, tokens // blocks)
+        lengths[blocks] = part = length // parts
+        _check(part * parts == length, lambda: f"{groups} do not divide {tokens} tokens")
+        number = number * parts + at % max(length, 1) // max(part, 1)
+    return number
+
+
+@torch.library.register_fake("moptrace::keep_pairs", lib=_LIBRARY)
+def _(
+    experts: Tensor,
+    scores: Tensor | None,
+    num_experts: int,
+    capacity: int,
+    groups: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    if scores is not None:
+        _check_tokens(scores, experts)
+    return experts.new_empty(experts.shape), experts.new_empty(num_experts)
+
+
 # pair_rows
 
 
 @torch.library.impl(_LIBRARY, "pair_rows", "CompositeExplicitAutograd")
-def _(values: Tensor, order: Tensor) -> Tensor:
-    _check_order(order, values.shape[0] * values.shape[1])
-    return values.flatten(0, 1).index_select(0, order)
+def _(values: Tensor, order: Tensor, some: bool = False) -> Tensor:
+    flat = values.flatten(0, 1)
+    if not some:
+        _check_order(order, flat.shape[0])
+    return _picked(flat, order, 1, some)
 
 
 @torch.library.register_fake("moptrace::pair_rows", lib=_LIBRARY)
-def _(values: Tensor, order: Tensor) -> Tensor:
-    _check_order(order, values.shape[0] * values.shape[1])
+def _(values: Tensor, order: Tensor, some: bool = False) -> Tensor:
+    if not some:
+        _check_order(order, values.shape[0] * values.shape[1])
     return values.new_empty(order.shape[0], *values.shape[2:])
 
 
-def _save_pair_rows(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _save_pair_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
-    ctx.shape = inputs[0].shape
+    ctx.shape, ctx.some = inputs[0].shape, inputs[2]
 
 
 def _differentiate_pair_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (order,) = ctx.saved_tensors
-    return grad.new_empty(grad.shape).index_copy(0, order, grad).view(ctx.shape), None
+    if not ctx.some:
+        return grad.new_empty(grad.shape).index_copy(0, order, grad).view(ctx.shape), None, None
+    pairs = ctx.shape[0] * ctx.shape[1]
+    gathered = grad.new_zeros(pairs + 1, *grad.shape[1:]).index_copy(0, order, grad)
+    return gathered[:pairs].view(ctx.shape), None, None
 
 
 torch.library.register_autograd(
@@ -175,28 +327,28 @@ torch.library.register_autograd(
 
 
 @torch.library.impl(_LIBRARY, "combine", "CompositeExplicitAutograd")
-def _(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def _(rows: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     _check_order(order, rows.shape[0])
     dtype = torch.result_type(rows, weights)
-    position = _inverse(order).view(weights.shape)
     scale = _with_dims(weights, rows.dim() - 1)
     result = rows.new_zeros(weights.shape[0], *rows.shape[1:], dtype=_exact(dtype))
     # One choice at a time: a [N, k, D] copy costs more in page faults than k passes over [N, D].
-    for j in range(weights.shape[1]):
-        result.addcmul_(rows.index_select(0, position[:, j]), scale[:, j])
+    for j, chosen in enumerate(_choices(rows, order, weights.shape[0], weights.shape[1], some)):
+        result.addcmul_(chosen, scale[:, j])
     return result.to(dtype)
 
 
 @torch.library.register_fake("moptrace::combine", lib=_LIBRARY)
-def _(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def _(rows: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     _check_order(order, rows.shape[0])
-    _check_order(order, weights.shape[0] * weights.shape[1])
+    if not some:
+        _check_order(order, weights.shape[0] * weights.shape[1])
     dtype = torch.result_type(rows, weights)
     return rows.new_empty(weights.shape[0], *rows.shape[1:], dtype=dtype)
 
 
-def _save_combine(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    rows, order, weights = inputs
+def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, order, weights, ctx.some = inputs
     ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, order, weights)
     ctx.dtype = rows.dtype
 
@@ -205,10 +357,10 @@ def _differentiate_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, order, weights = ctx.saved_tensors
     of_rows = of_weights = None
     if ctx.needs_input_grad[0]:
-        of_rows = weigh_rows(grad, order, weights).to(ctx.dtype)
+        of_rows = weigh_rows(grad, order, weights, ctx.some).to(ctx.dtype)
     if ctx.needs_input_grad[2]:
-        of_weights = pair_dots(grad, rows, order, weights.shape[1]).to(weights.dtype)
-    return of_rows, None, of_weights
+        of_weights = pair_dots(grad, rows, order, weights.shape[1], ctx.some).to(weights.dtype)
+    return of_rows, None, of_weights, None
 
 
 torch.library.register_autograd(
@@ -217,22 +369,24 @@ torch.library.register_autograd(
 
 
 @torch.library.impl(_LIBRARY, "weigh_rows", "CompositeExplicitAutograd")
-def _(x: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def _(x: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     _check_tokens(x, weights)
-    rows = x.index_select(0, order // weights.shape[1]).to(torch.result_type(x, weights))
-    scale = weights.flatten().index_select(0, order)
-    return rows.mul_(_with_dims(scale, x.dim() - 1))
+    rows = _picked(x, order, weights.shape[1], some).to(torch.result_type(x, weights))
+    scale = _picked(weights.flatten(), order, 1, some)
+    rows.mul_(_with_dims(scale, x.dim() - 1))
+    return rows.masked_fill_(_with_dims(order == weights.numel(), x.dim() - 1), 0) if some else rows
 
 
 @torch.library.register_fake("moptrace::weigh_rows", lib=_LIBRARY)
-def _(x: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def _(x: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     _check_tokens(x, weights)
-    _check_order(order, weights.shape[0] * weights.shape[1])
+    if not some:
+        _check_order(order, weights.shape[0] * weights.shape[1])
     return x.new_empty(order.shape[0], *x.shape[1:], dtype=torch.result_type(x, weights))
 
 
-def _save_weigh_rows(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    x, order, weights = inputs
+def _save_weigh_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, order, weights, ctx.some = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, order, weights)
     ctx.dtype = x.dtype
 
@@ -241,10 +395,10 @@ def _differentiate_weigh_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     x, order, weights = ctx.saved_tensors
     of_x = of_weights = None
     if ctx.needs_input_grad[0]:
-        of_x = combine(grad, order, weights).to(ctx.dtype)
+        of_x = combine(grad, order, weights, ctx.some).to(ctx.dtype)
     if ctx.needs_input_grad[2]:
-        of_weights = pair_dots(x, grad, order, weights.shape[1]).to(weights.dtype)
-    return of_x, None, of_weights
+        of_weights = pair_dots(x, grad, order, weights.shape[1], ctx.some).to(weights.dtype)
+    return of_x, None, of_weights, None
 
 
 torch.library.register_autograd(
@@ -253,28 +407,27 @@ torch.library.register_autograd(
 
 
 @torch.library.impl(_LIBRARY, "pair_dots", "CompositeExplicitAutograd")
-def _(x: Tensor, rows: Tensor, order: Tensor, choices: int) -> Tensor:
+def _(x: Tensor, rows: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
     _check_order(order, rows.shape[0])
     dtype = torch.result_type(x, rows)
     features = math.prod(x.shape[1:])
-    position = _inverse(order).view(x.shape[0], choices)
     flat = x.reshape(x.shape[0], features).to(_exact(dtype))
     result = flat.new_empty(x.shape[0], choices)
-    for j in range(choices):
-        chosen = rows.index_select(0, position[:, j]).view(x.shape[0], features)
-        torch.sum(flat * chosen, 1, out=result[:, j])
+    for j, chosen in enumerate(_choices(rows, order, x.shape[0], choices, some)):
+        torch.sum(flat * chosen.view(x.shape[0], features), 1, out=result[:, j])
     return result.to(dtype)
 
 
 @torch.library.register_fake("moptrace::pair_dots", lib=_LIBRARY)
-def _(x: Tensor, rows: Tensor, order: Tensor, choices: int) -> Tensor:
+def _(x: Tensor, rows: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
     _check_order(order, rows.shape[0])
-    _check_order(order, x.shape[0] * choices)
+    if not some:
+        _check_order(order, x.shape[0] * choices)
     return x.new_empty(x.shape[0], choices, dtype=torch.result_type(x, rows))
 
 
 def _save_pair_dots(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, rows, order, _ = inputs
+    x, rows, order, _, ctx.some = inputs
     ctx.save_for_backward(
         x if ctx.needs_input_grad[1] else None, rows if ctx.needs_input_grad[0] else None, order
     )
@@ -285,10 +438,10 @@ def _differentiate_pair_dots(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     x, rows, order = ctx.saved_tensors
     of_x = of_rows = None
     if ctx.needs_input_grad[0]:
-        of_x = combine(rows, order, grad).to(ctx.dtypes[0])
+        of_x = combine(rows, order, grad, ctx.some).to(ctx.dtypes[0])
     if ctx.needs_input_grad[1]:
-        of_rows = weigh_rows(x, order, grad).to(ctx.dtypes[1])
-    return of_x, of_rows, None, None
+        of_rows = weigh_rows(x, order, grad, ctx.some).to(ctx.dtypes[1])
+    return of_x, of_rows, None, None, None
 
 
 torch.library.register_autograd(
@@ -340,10 +493,33 @@ torch.library.register_autograd(
 # index arithmetic and checks
 
 
-def _inverse(order: Tensor) -> Tensor:
-    """The row of each pair."""
-    rows = torch.arange(order.shape[0], device=order.device)
-    return torch.empty_like(order).scatter_(0, order, rows)
+def _picked(x: Tensor, order: Tensor, choices: int, some: bool) -> Tensor:
+    """What each row has of ``x``, which has a part for so many pairs each."""
+    if some:
+        if not x.shape[0]:
+            return x.new_zeros(order.shape[0], *x.shape[1:])
+        order = order.masked_fill(order == x.shape[0] * choices, 0)
+    return x.index_select(0, order if choices == 1 else order // choices)
+
+
+def _choices(
+    rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool
+) -> Iterator[Tensor]:
+    """For each of their choices, the tokens' rows; zeros where a pair has none."""
+    pairs = tokens * choices
+    numbers = torch.arange(order.shape[0], device=order.device)
+    if not some:
+        position = torch.empty_like(order).scatter_(0, order, numbers).view(tokens, choices)
+        yield from (rows.index_select(0, position[:, j]) for j in range(choices))
+        return
+    position = order.new_full((pairs + 1,), -1).scatter_(0, order, numbers)[:pairs]
+    position = position.view(tokens, choices)
+    for j in range(choices):
+        if not rows.shape[0]:
+            yield rows.new_zeros(tokens, *rows.shape[1:])
+            continue
+        own = rows.index_select(0, position[:, j].clamp(min=0))
+        yield own.masked_fill_(_with_dims(position[:, j] < 0, rows.dim() - 1), 0)
 
 
 def _transposition(table: Tensor, total: int) -> Tensor:

@@ -6,6 +6,7 @@ from moptrace.core import Level as Level
 from moptrace.core import Pass as Pass
 from moptrace.core import Program as Program
 from moptrace.core import chain as chain
+from moptrace.dropping import Dropping as Dropping
 from moptrace.parallel import ParallelModule as ParallelModule
 from moptrace.placement import Layout as Layout
 from moptrace.plan import Plan as Plan

@@ -55,6 +55,14 @@ def check(program: Program) -> None:
         _report(program, _Placements(program).faults())
 
 
+# How rows are held before and after they travel.
+_ROUTES = {
+    "send_rows": ("token", "arrival"),
+    "return_rows": ("arrival", "token"),
+    "send_slots": ("token", "expert"),
+    "return_slots": ("expert", "token"),
+}
+
 Faults = Iterator[tuple[fx.Node, str]]
 
 
@@ -163,7 +171,7 @@ class _Placements:
             reached = any(x in self.differentiable for x in node.all_input_nodes)
             detached = node.target is torch.ops.aten.detach.default
             for x in node.all_input_nodes:
-                if x in self.tokens:
+                if x in self.tokens and node.target is not ops.combine.default:
                     self.tokens[node] = self.tokens[x]
             if node.target is ops.dispatch.default:
                 tokens = roles.placement(operands(node)[0])
@@ -261,9 +269,8 @@ class _Placements:
             if self._kind(x, axis) != PARTIAL:
                 yield node, "only counts by token can be exchanged"
             return
-        if name in ("send_rows", "return_rows"):
-            order = (Rows("token"), Rows("arrival"))
-            source, target = order if name == "send_rows" else reversed(order)
+        if name in _ROUTES:
+            source, target = map(Rows, _ROUTES[name])
             yield from self._converts(node, axis, source, target)
             return
         source, target = self._kind(x, axis), self._kind(node, axis)

@@ -27,8 +27,15 @@ group_rows            arrival -> expert       ungroup_rows          sort by expe
 ungroup_rows          expert -> arrival       group_rows            and back
 all_gather_rows       token -> replicate      reduce_scatter_rows   all ranks' rows, sorted
 reduce_scatter_rows   partial -> token        all_gather_rows       sum, own rows
+send_slots            token -> expert         return_slots          as many rows each
+return_slots          expert -> token         send_slots            and back
+all_gather_slots      token -> replicate      reduce_scatter_slots  as many rows each
+reduce_scatter_slots  partial -> token        all_gather_slots      sum, own rows
 exchange_counts       (integers)              none                  counts travel
 ====================  ======================  ====================  =================
+
+With ``_slots``, each rank has the same number of rows, ``slots``, for each of ``length`` experts
+or of its own of them, sorted by expert before and after: nothing needs to be counted.
 
 A ``_cast`` is the collective after a cast to ``dtype``; its transpose casts to ``back`` first, so
 that a value is gathered in few bytes and its gradient added up in more.
@@ -183,6 +190,8 @@ class Collective:
         if self.casts:
             axis, dim, dtype, back, length = arguments
             return (axis, dim, back, dtype, length)
+        if self.of_slots:
+            return arguments
         if self.transpose and "int dim" not in COLLECTIVES[self.transpose].schema:
             return arguments if self.moves_rows else arguments[:1]
         return arguments
@@ -196,6 +205,11 @@ class Collective:
     def moves_rows(self) -> bool:
         """Whether routing decides the size of the result; the last argument says it if known."""
         return "SymInt? size" in self.schema
+
+    @property
+    def of_slots(self) -> bool:
+        """Whether it moves rows of which all ranks have as many for every expert."""
+        return "int slots" in self.schema
 
     def without_size(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments, without the size of a result that routing decides."""
@@ -293,6 +307,33 @@ def _sum_and_split_rows(
 ) -> list[Tensor]:
     total = ungroup_rows(torch.stack(parts).sum(0), tables[0])
     return list(total.split(tables[0].sum(1).tolist()))
+
+
+def _send_slots(parts: list[Tensor], sizes: Sequence[int], slots: int, length: int) -> list[Tensor]:
+    pieces = [part.unflatten(0, (length, slots)).split(list(sizes)) for part in parts]
+    return [torch.stack([p[i] for p in pieces], 1).flatten(0, 2) for i in range(len(parts))]
+
+
+def _return_slots(
+    parts: list[Tensor], sizes: Sequence[int], slots: int, length: int
+) -> list[Tensor]:
+    ranks = len(parts)
+    own = [p.unflatten(0, (n, ranks, slots)) for p, n in zip(parts, sizes, strict=True)]
+    return [torch.cat([part[:, i] for part in own]).flatten(0, 1) for i in range(ranks)]
+
+
+def _gather_slots(
+    parts: list[Tensor], sizes: Sequence[int], slots: int, length: int
+) -> list[Tensor]:
+    whole = torch.cat([part.unflatten(0, (-1, slots)) for part in parts], 1).flatten(0, 1)
+    return [whole.clone() for _ in parts]
+
+
+def _sum_and_split_slots(
+    parts: list[Tensor], sizes: Sequence[int], slots: int, length: int
+) -> list[Tensor]:
+    total = torch.stack(parts).sum(0).unflatten(0, (-1, len(parts), slots))
+    return [own.flatten(0, 1) for own in total.unbind(1)]
 
 
 # --- runs: the same on one rank, over the process group -------------------------------------------
@@ -497,6 +538,47 @@ def _run_reduce_scatter_rows(
     return _all_to_all(ungroup_rows(rows, table), sizes, [own] * len(sizes), group, added)
 
 
+@_Exchange
+def _run_send_slots(rows: Tensor, axis: str, slots: int, length: int) -> Pending:
+    here, group = _axis(axis)
+    sizes = here.sizes(length, axis)
+    own = sizes[here.coordinate(axis)]
+
+    def by_expert(came: Tensor) -> Tensor:
+        return came.unflatten(0, (len(sizes), own, slots)).transpose(0, 1).flatten(0, 2)
+
+    to, came = [n * slots for n in sizes], [own * slots] * len(sizes)
+    return _all_to_all(rows, to, came, group, by_expert)
+
+
+@_Exchange
+def _run_return_slots(rows: Tensor, axis: str, slots: int, length: int) -> Pending:
+    here, group = _axis(axis)
+    sizes = here.sizes(length, axis)
+    own = sizes[here.coordinate(axis)]
+    sent = rows.unflatten(0, (own, len(sizes), slots)).transpose(0, 1).flatten(0, 2)
+    return _all_to_all(sent, [own * slots] * len(sizes), [n * slots for n in sizes], group)
+
+
+@_Exchange
+def _run_gather_slots(rows: Tensor, axis: str, slots: int, length: int) -> Pending:
+    here, group = _axis(axis)
+    ranks = here.size(axis)
+    out = rows.new_empty(ranks * rows.shape[0], *rows.shape[1:])
+
+    def by_expert() -> Tensor:
+        return out.unflatten(0, (ranks, -1, slots)).transpose(0, 1).flatten(0, 2)
+
+    return Pending(_all_gather(out, rows.contiguous(), group=group, async_op=True), by_expert)
+
+
+@_Exchange
+def _run_reduce_scatter_slots(rows: Tensor, axis: str, slots: int, length: int) -> Pending:
+    ranks = Communicator.current().size(axis)
+    apart = rows.unflatten(0, (-1, ranks, slots)).transpose(0, 1).flatten(0, 2)
+    return _run_reduce_scatter.start(apart, axis, 0, apart.shape[0])
+
+
 def _all_to_all(
     x: Tensor,
     out_splits: list[int],
@@ -592,6 +674,24 @@ def _shape_rows(
     return rows.new_empty(received, *rows.shape[1:])
 
 
+def _shape_send_slots(rows: Tensor, axis: str, slots: int, length: int) -> Tensor:
+    here = Communicator.current()
+    own = here.sizes(length, axis)[here.coordinate(axis)]
+    return rows.new_empty(own * here.size(axis) * slots, *rows.shape[1:])
+
+
+def _shape_return_slots(rows: Tensor, axis: str, slots: int, length: int) -> Tensor:
+    return rows.new_empty(length * slots, *rows.shape[1:])
+
+
+def _shape_gather_slots(rows: Tensor, axis: str, slots: int, length: int) -> Tensor:
+    return rows.new_empty(rows.shape[0] * Communicator.current().size(axis), *rows.shape[1:])
+
+
+def _shape_own_slots(rows: Tensor, axis: str, slots: int, length: int) -> Tensor:
+    return rows.new_empty(rows.shape[0] // Communicator.current().size(axis), *rows.shape[1:])
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 _PLAIN = "(Tensor x, str axis) -> Tensor"
@@ -601,6 +701,7 @@ _ROWS = (
     "(Tensor rows, Tensor counts, Tensor table, str axis, int length, SymInt? size=None) -> Tensor"
 )
 _WHOLE_ROWS = "(Tensor rows, Tensor table, str axis, SymInt? size=None) -> Tensor"
+_SLOTS = "(Tensor rows, str axis, int slots, int length) -> Tensor"
 _CAST = "(Tensor x, str axis, int dim, ScalarType dtype, ScalarType back, int length) -> Tensor"
 _SWAP = "(Tensor x, str axis, int split, int split_length, int join, int join_length) -> Tensor"
 _COUNTS = "(Tensor counts, str axis, int length) -> Tensor"
@@ -628,6 +729,10 @@ _PUT = (_SLICED, _zeros_elsewhere, _run_place, _shape_whole)
 
 _GATHER_ROWS = (_WHOLE_ROWS, _gather_rows, _run_gather_rows, _shape_rows)
 _SCATTER_ROWS = (_WHOLE_ROWS, _sum_and_split_rows, _run_reduce_scatter_rows, _shape_rows)
+_SEND_SLOTS = (_SLOTS, _send_slots, _run_send_slots, _shape_send_slots)
+_RETURN_SLOTS = (_SLOTS, _return_slots, _run_return_slots, _shape_return_slots)
+_GATHER_SLOTS = (_SLOTS, _gather_slots, _run_gather_slots, _shape_gather_slots)
+_SCATTER_SLOTS = (_SLOTS, _sum_and_split_slots, _run_reduce_scatter_slots, _shape_own_slots)
 
 _TABLE = (
     Collective("all_gather", Shard, Replicate, "reduce_scatter", *_GATHER),
@@ -647,6 +752,10 @@ _TABLE = (
     Collective("return_rows", Rows, Rows, "send_rows", _ROWS, _return, _run_return, _shape_routed),
     Collective("all_gather_rows", Rows, Replicate, "reduce_scatter_rows", *_GATHER_ROWS),
     Collective("reduce_scatter_rows", Partial, Rows, "all_gather_rows", *_SCATTER_ROWS),
+    Collective("send_slots", Rows, Rows, "return_slots", *_SEND_SLOTS),
+    Collective("return_slots", Rows, Rows, "send_slots", *_RETURN_SLOTS),
+    Collective("all_gather_slots", Rows, Replicate, "reduce_scatter_slots", *_GATHER_SLOTS),
+    Collective("reduce_scatter_slots", Partial, Rows, "all_gather_slots", *_SCATTER_SLOTS),
     Collective(
         "exchange_counts", None, None, None, _COUNTS, _exchange, _run_exchange_counts, _shape_counts
     ),
@@ -656,7 +765,8 @@ COLLECTIVES: dict[str, Collective] = {row.name: row for row in _TABLE}
 _CONVERSIONS = {
     (row.source, row.target): row.name
     for row in COLLECTIVES.values()
-    if row.source and (row.source, row.target) != (Rows, Rows) and not row.casts
+    if row.source and (row.source, row.target) != (Rows, Rows)
+    if not (row.casts or row.of_slots)
 }
 
 

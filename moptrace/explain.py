@@ -19,8 +19,11 @@ and an all-to-all directly, padding included:
 all_gather, reduce_scatter             (P-1)/P of the whole value
 all_reduce                             2(P-1)/P of the value, rounded up
 all_to_all, exchange_counts            (P-1)/P of the rank's operand
+send_slots, return_slots               (P-1)/P of the rank's rows for all experts
+all_gather_slots, reduce_scatter_slots (P-1) times the rows of what is split
 send_rows, return_rows                 (P-1)/P of the rank's rows, expected if every rank has as
-                                       many rows and every expert is chosen as often (marked ``~``)
+                                       many rows and every expert is chosen as often, and keeps
+                                       no more than its capacity (marked ``~``)
 ring                                   what the rank passes on, hop by hop (``rings.py``)
 all_to_all of an embedding             (P-1)/P of the rows of the rank's distinct ids, expected if
                                        every id is as likely (marked ``~``)
@@ -52,6 +55,7 @@ from moptrace import roles
 from moptrace.collectives import COLLECTIVES, Collective, collective
 from moptrace.core import Level, Parameter, Program
 from moptrace.errors import PassError
+from moptrace.passes.drop_tokens import share_kept
 from moptrace.placement import Layout, Placement, Rows, Shard, chunk_sizes
 from moptrace.rings import Ring, Seat, bytes_sent, ring
 from moptrace.roles import Component
@@ -204,6 +208,7 @@ class _Reader:
         self.trained = _on_the_way_to_the_loss(program)
         self.again = {roles.role(n).recompute for n in self.trained} - {""}
         self.stored = _inputs_of(program)
+        self.kept = _shares_kept(self.nodes)
         self.traffic = [t for node in self.nodes for t in self._traffic_of(node)]
 
     def explanation(self) -> Explanation:
@@ -302,9 +307,19 @@ class _Reader:
             return (parts - 1) * max(self.layout.sizes(experts, axis)) * x.element_size(), False
         if kind == "all_to_all":
             return (parts - 1) * _bytes(x) // parts, False
+        if row.of_slots:
+            slots, experts = node.args[2:]
+            assert isinstance(slots, int) and isinstance(experts, int)
+            row_bytes = _bytes(x[:1])
+            if kind in ("send_slots", "return_slots"):
+                return (parts - 1) * experts * slots * row_bytes // parts, False
+            own = max(self.layout.sizes(experts, "ep"))
+            return (parts - 1) * own * slots * row_bytes, False
+        kept = self.kept.get(node, 1)
         if row.name == "reduce_scatter_rows":  # what a rank has of the result goes to each other
-            return round((parts - 1) * _bytes(result) / _spread(roles.placement(node))), True
-        rows = _bytes(x) / _spread(roles.placement(operand))
+            rows = kept * _bytes(result) / _spread(roles.placement(node))
+            return round((parts - 1) * rows), True
+        rows = kept * _bytes(x) / _spread(roles.placement(operand))
         return round((parts - 1) * rows / (1 if row.name == "all_gather_rows" else parts)), True
 
     def _around(self, row: Ring, node: fx.Node) -> Iterator[int]:
@@ -455,6 +470,10 @@ _WIRE = {
     "return_rows": "return_rows",
     "all_gather_rows": "all_gather_rows",
     "reduce_scatter_rows": "reduce_scatter_rows",
+    "send_slots": "send_slots",
+    "return_slots": "return_slots",
+    "all_gather_slots": "all_gather_slots",
+    "reduce_scatter_slots": "reduce_scatter_slots",
     "exchange_counts": "exchange_counts",
 }
 _KINDS = tuple(dict.fromkeys((*_WIRE.values(), "ring")))
@@ -512,6 +531,17 @@ def _on_the_way_to_the_loss(program: Program) -> set[fx.Node]:
         if node in needed:
             needed.update(x for x in node.all_input_nodes if x in reached)
     return needed
+
+
+def _shares_kept(nodes: Sequence[fx.Node]) -> dict[fx.Node, float]:
+    """For what has routed rows, the share of them that a capacity leaves if routing is balanced."""
+    found: dict[fx.Node, float] = {}
+    for node in nodes:
+        if node.target is ops.dispatch.default:
+            found[node] = share_kept(node)
+        elif node.target is not ops.combine.default:
+            found.update((node, found[x]) for x in node.all_input_nodes if x in found)
+    return found
 
 
 def _carries_gradient(node: fx.Node) -> bool:

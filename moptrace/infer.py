@@ -121,6 +121,10 @@ def _choose(rule: Rule, held: Sequence[Held], parts: int) -> Split | None:
         split = _split_of(rule, dims, operand)
         if split is None or not rule.splittable(split.factor, parts, split.blocks):
             continue
+        if rule.order is not None and split.factor in ("s", "e"):
+            if position == rule.order:
+                return split
+            continue
         if rule.counts is not None and split.factor == "e" and position != rule.counts:
             return split
         if best is None or operand.weight > best[0]:

@@ -15,6 +15,7 @@ import moptrace.kernels.host_memory  # noqa: F401  registers the operators
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES, collective, start, wait
 from moptrace.core import Program
+from moptrace.passes.drop_tokens import share_kept
 
 __all__ = [
     "Alive",
@@ -212,4 +213,10 @@ def symbols_of(program: Program) -> dict[Any, int]:
                     assert program.layout is not None
                     rows *= program.layout.size(str(args[2]))
                 found.setdefault(received.node.expr, rows)
+        elif node.target is ops.dispatch.default:
+            rows, counts, _ = roles.value(node)
+            if isinstance(received := rows.shape[0], torch.SymInt):  # of some experts, or dropped
+                pairs = math.prod(shape_of(roles.tensor(node.args[1]), found))  # type: ignore[arg-type]
+                own = len(counts) / max(int(node.args[2]), 1)  # type: ignore[arg-type]
+                found[received.node.expr] = math.ceil(pairs * own * share_kept(node))
     return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from moptrace.dropping import Dropping
 from moptrace.errors import PlanError
-from moptrace.placement import Layout
+from moptrace.placement import Layout, Placement, Shard
 from moptrace.precision import MixedPrecisionPolicy
 
 __all__ = ["Plan"]
@@ -39,11 +40,15 @@ class Plan:
     attention reaches the others' tokens: ``"ulysses"``, ``"ring"`` or ``"gather"``.
     ``mixed_precision``: what parameters are cast to before they are gathered and used, what
     gradients are added up in, and what routers compute in; by default all as the model has it.
+    ``dispatcher``: how tokens reach their experts: ``"all-to-all"`` sends each to those it chose,
+    ``"all-gather"`` all of them to all ranks of a group of ``ep``, which take their experts' own.
     ``expert_tokens``: the most tokens that a rank sends to its experts at once; of more it makes
     chunks, so that no rank gets more than ep * etp * k rows for each of so many, whatever the
     router does. ``expert_chunks`` says which tokens a chunk has, ``"strided"`` or ``"contiguous"``.
     ``recompute_experts``: backward sends and computes each chunk's rows again instead of keeping
     them; by default where there are several chunks.
+    ``dropping``: a capacity for each expert, and what happens to the tokens beyond it; by default
+    none, and no token is dropped.
     ``count_tokens``: count each expert's tokens in a buffer of the model, ``tokens_per_expert``.
     ``pp`` (pipeline) is 1: larger sizes are refused until its pass exists.
 
@@ -64,9 +69,11 @@ class Plan:
     keep_logits: bool = False
     embedding_bytes: int = 64 << 20
     mixed_precision: MixedPrecisionPolicy = _AS_THE_MODEL_HAS_IT
+    dispatcher: str = "all-to-all"
     expert_tokens: int | None = None
     expert_chunks: str = "strided"
     recompute_experts: bool | None = None
+    dropping: Dropping | None = None
     count_tokens: bool = False
 
     def __str__(self) -> str:
@@ -91,6 +98,8 @@ class Plan:
             )
         if self.edp not in ("shard", "replicate"):
             raise PlanError(f"edp is 'shard' or 'replicate', not {self.edp!r}")
+        if self.dispatcher not in ("all-to-all", "all-gather"):
+            raise PlanError(f"dispatcher is 'all-to-all' or 'all-gather', not {self.dispatcher!r}")
         if self.expert_chunks not in ("strided", "contiguous"):
             raise PlanError(
                 f"expert_chunks is 'strided' or 'contiguous', not {self.expert_chunks!r}"
@@ -99,6 +108,12 @@ class Plan:
             raise PlanError(
                 f"expert_tokens={self.expert_tokens} leaves no token to a chunk; give 1 or more, "
                 "or None for all tokens at once"
+            )
+        if self.dropping and self.dropping.pad and self.expert_tokens is not None:
+            raise PlanError(
+                f"expert_tokens={self.expert_tokens} makes chunks, each of which would pad every "
+                "expert's rows to its capacity; a capacity bounds a rank's rows already, so leave "
+                "expert_tokens=None, or say pad=False"
             )
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
         for name in ("ep", "etp", "vp", "cp", "tp", "dp_replicate"):
@@ -138,7 +153,27 @@ class Plan:
             recompute = self.expert_tokens is not None
         resolved = replace(self, ep=ep, vp=vp, recompute_experts=recompute)
         resolved._check_nesting(world_size)
+        resolved._check_gathers(world_size)
         return resolved
+
+    def _check_gathers(self, world_size: int) -> None:
+        """Tokens are gathered where groups of experts' ranks share sequences, or share none."""
+        if self.dispatcher != "all-gather" or self._gathers(world_size):
+            return
+        shared = self.cp * self.tp
+        sizes = [n for n in range(1, world_size // self.etp + 1) if not world_size % (n * self.etp)]
+        fitting = [n for n in sizes if replace(self, ep=n)._gathers(world_size)]
+        raise PlanError(
+            f"dispatcher='all-gather' gathers tokens along ep={self.ep}, but {shared} ranks share "
+            "each sequence, so that a group of ep has parts of sequences and of the batch at once. "
+            f"With etp={self.etp} these would do: ep in {fitting}; or dispatcher='all-to-all'"
+        )
+
+    def _gathers(self, world_size: int) -> bool:
+        layout = self.layout(world_size)
+        kinds = [Shard(0, blocks=1 + (axis.name != "dp")) for axis in layout.tokens.axes]
+        tokens = Placement(layout.tokens, tuple(kinds))
+        return self.ep == 1 or tokens.expressed_in(layout.experts) is not None
 
     def _check_nesting(self, world_size: int) -> None:
         """Copies of weights that only some ranks share are stored where all views' groups nest."""

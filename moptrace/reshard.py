@@ -17,8 +17,10 @@ def cast_whole(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def constrain(x: Tensor, axis: str, kind: str) -> Tensor:
+def constrain(x: Tensor, axis: str, kind: str | Tensor) -> Tensor:
     """Ask that ``x`` be held in this way along one axis of the ranks; the value is the same.
+
+    A tensor in place of a kind asks that ``x`` be held as that one is.
 
     A canonical program may say so anywhere; ``place`` writes the ``reshard`` that it takes.
     """

@@ -30,13 +30,20 @@ from torch.utils import _pytree as pytree
 from moptrace import roles
 from moptrace.reshard import cast_whole
 
-__all__ = ["JOINT", "RULES", "Rule", "argument", "operands", "results", "rule_for"]
+__all__ = ["JOINT", "RULES", "SIZE_ARGUMENT", "Rule", "argument", "operands", "results", "rule_for"]
 
 aten = torch.ops.aten
 
 Dims = tuple[str | None, ...]
 JOINT = frozenset({-1})
 NONLINEAR: frozenset[int] = frozenset()
+
+# Operators that are told the size of their result, and which argument says it.
+SIZE_ARGUMENT = {
+    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view, aten.expand), 1),
+    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty), 1),
+    **dict.fromkeys((aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn), 0),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,9 @@ class Rule:
     merged with others, which a split must divide. ``summed`` says that factors no
     result carries are added up (else they must stay whole). ``average`` says that they are
     averaged: the local result must be divided by the number of ranks. ``random`` marks operators
-    that draw numbers. ``counts`` is the operand that says how many rows each expert has.
+    that draw numbers. ``counts`` is the operand that says how many rows each expert has, and
+    ``order`` the one that says whose rows they are: it does not move, so it decides how these are
+    split.
     ``added`` are operands that are added once to a sum over a factor they lack, such as a bias:
     where that factor is split, each rank must hold a term of them.
     ``together`` are factors of which splitting one splits the last too: the local operator takes
@@ -63,6 +72,7 @@ class Rule:
     average: bool = False
     random: bool = False
     counts: int | None = None
+    order: int | None = None
     added: frozenset[int] = frozenset()
     together: tuple[str, ...] | None = None
     suffices: bool = False
@@ -745,20 +755,29 @@ def loss_per_token(node: fx.Node) -> Rule | None:
 
 # --- the canonical Mixture-of-Experts operators ---------------------------------------------------
 # The first dimension of routed rows carries two factors, written "s|e": the token-expert pairs in
-# token order, and the experts. Rows by token split "s", rows by expert split "e".
-
-_BY_TOKEN = frozenset({"e"})
+# token order, and the experts. Rows by token split "s", rows by expert split "e". Tokens are
+# dispatched by token, unless a rank has the numbers of some experts only: then each rank takes the
+# rows of its experts from all tokens.
 
 
 def dispatch(node: fx.Node) -> Rule:
     rest = _dims("d", len(_shape(operands(node)[0])) - 1)
     rows: Dims = ("s|e", *rest)
-    return Rule((("s", *rest), ("s", "K")), (rows, ("E",), ("s|e",)), whole=_BY_TOKEN, summed=True)
+    numbers: list[Dims] = [("e",)] * (len(operands(node)) - 2)
+    counts: Dims = ("e" if numbers else "E",)
+    ins: tuple[Dims, ...] = (("s", *rest), ("s", "K"), *numbers)
+    return Rule(ins, (rows, counts, ("s|e",)), summed=True)
+
+
+def keep_pairs(node: fx.Node) -> Rule:
+    """Tokens that are split are groups of their own."""
+    pairs: Dims = ("s", "K")
+    return Rule((pairs,) * len(operands(node)), (pairs, ("E",)), summed=True)
 
 
 def pair_rows(node: fx.Node) -> Rule:
     rest = _dims("d", len(_shape(operands(node)[0])) - 2)
-    return Rule((("s", "K", *rest), ("s|e",)), (("s|e", *rest),), whole=_BY_TOKEN)
+    return Rule((("s", "K", *rest), ("s|e",)), (("s|e", *rest),), order=1)
 
 
 def grouped_mm(node: fx.Node) -> Rule:
@@ -775,7 +794,8 @@ def expert_rows(node: fx.Node) -> Rule:
 
 def combine(node: fx.Node) -> Rule:
     rest = _dims("d", len(_shape(operands(node)[0])) - 1)
-    return Rule((("s|e", *rest), ("s|e",), ("s", "K")), (("s", *rest),), whole=_BY_TOKEN)
+    ins: tuple[Dims, ...] = (("s|e", *rest), ("s|e",), ("s", "K"))
+    return Rule(ins, (("s", *rest),), frozenset({0, 2}), summed=True, order=1)
 
 
 def vocab_projection(node: fx.Node) -> Rule:
@@ -966,6 +986,7 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
     ops = torch.ops.moptrace
     return {
         ops.dispatch: dispatch,
+        ops.keep_pairs: keep_pairs,
         ops.pair_rows: pair_rows,
         ops.grouped_mm: grouped_mm,
         ops.expert_rows: expert_rows,

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moptrace.dropping import RULES, SCOPES, Dropping
 from moptrace.errors import PlanError
 from moptrace.kernels.grouped_mm import expert_rows, grouped_mm
 from moptrace.kernels.routing import combine, dispatch
@@ -484,7 +485,8 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
     vocabulary over all ranks or some, dense weights copied or not, experts alike or sharded over
     ``edp``, the loss from whole logits or from blocks of them, embeddings gathered or looked up
     where their rows are, tokens sent to their experts at once or in chunks, kept for backward or
-    not.
+    not, gathered instead, or dropped beyond a capacity. A plan that does not fit is changed where
+    it says so.
     """
     st = _hypothesis()
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
@@ -507,10 +509,23 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
 
     def resolved(tokens: Any, experts: Any, **fields: Any) -> Plan:
         plan = Plan(**tokens, **experts, **fields)
-        try:
-            return plan.resolve(world_size, [])
-        except PlanError:  # groups of the vocabulary that do not nest with others
-            return replace(plan, vp=world_size).resolve(world_size, [])
+        if plan.dropping and plan.dropping.pad:
+            plan = replace(plan, expert_tokens=None)
+        for change in ({}, {"dispatcher": "all-to-all"}, {"vp": world_size}):
+            plan = replace(plan, **change)
+            try:
+                return plan.resolve(world_size, [])
+            except PlanError as error:
+                last = error
+        raise last
+
+    dropping = st.builds(
+        lambda factor, by, over, pad: Dropping(factor, by, "sub-sequence" if pad else over, pad),
+        st.sampled_from([1.0, 0.3, 2.0]),
+        st.sampled_from(RULES),
+        st.sampled_from(SCOPES),
+        st.booleans(),
+    )
 
     return st.builds(
         resolved,
@@ -520,6 +535,8 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
         edp=st.sampled_from(["shard", "replicate"]),
         logits_bytes=st.sampled_from([0, Plan.logits_bytes]),
         embedding_bytes=st.sampled_from([0, Plan.embedding_bytes]),
+        dispatcher=st.sampled_from(["all-to-all", "all-to-all", "all-gather"]),
+        dropping=st.none() | dropping,
         expert_tokens=st.sampled_from([None, 17, 40]),
         expert_chunks=st.sampled_from(["strided", "contiguous"]),
         recompute_experts=st.sampled_from([None, True, False]),

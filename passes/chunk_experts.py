@@ -15,10 +15,9 @@ from torch import Tensor, fx
 from moptrace import roles
 from moptrace.core import Level, Pass, Program, ancestors
 from moptrace.kernels import chunks
-from moptrace.passes.localize import SIZE_ARGUMENT
 from moptrace.placement import Placement
 from moptrace.random import draw
-from moptrace.rules import JOINT, Rule
+from moptrace.rules import JOINT, SIZE_ARGUMENT, Rule
 
 __all__ = ["chunk_experts"]
 

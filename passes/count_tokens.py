@@ -13,6 +13,7 @@ from torch import fx
 from moptrace import roles
 from moptrace.core import Buffer, Level, Output, Pass, Program
 from moptrace.errors import PassError
+from moptrace.passes.drop_tokens import keeper
 
 __all__ = ["count_tokens"]
 
@@ -24,7 +25,8 @@ NAME = "tokens_per_expert"
 def count_tokens() -> Pass:
     """Add a buffer ``tokens_per_expert`` in which every forward counts each expert's tokens.
 
-    It is int64 [blocks, experts], over the global batch; set it to zero to count anew. (Where
+    It is int64 [blocks, experts], over the global batch; set it to zero to count anew. Tokens that
+    an expert's capacity leaves out are counted too: they chose it. (Where
     blocks have different numbers of experts there is one for each number, such as
     ``tokens_per_expert_8``.) The buffer is no part of a model's state.
 
@@ -67,7 +69,7 @@ def _counted(program: Program, graph: fx.Graph, name: str, dispatches: list[fx.N
     with graph.inserting_before(end):
         counts: list[fx.Node] = []
         for dispatch in dispatches:
-            counts.append(call(getitem, dispatch, 1))
+            counts.append(call(getitem, keeper(dispatch) or dispatch, 1))
             roles.set_value(counts[-1], roles.value(dispatch)[1])
         here = call(aten.stack.default, counts)
         after = call(aten.add.Tensor, before, here)

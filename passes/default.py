@@ -13,10 +13,12 @@ from moptrace.passes.chunk_experts import chunk_experts
 from moptrace.passes.classify import classify
 from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.count_tokens import count_tokens
+from moptrace.passes.drop_tokens import drop_tokens, group_tokens
 from moptrace.passes.expert_tensor_parallel import expert_tensor_parallel
 from moptrace.passes.fuse_embedding import fuse_embedding
 from moptrace.passes.fuse_experts import fuse_experts
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
+from moptrace.passes.gather_tokens import gather_tokens
 from moptrace.passes.localize import localize
 from moptrace.passes.mixed_precision import compute_routers, mixed_precision
 from moptrace.passes.normalize_losses import normalize_losses
@@ -64,9 +66,11 @@ def sharded(
     layout, policy = plan.layout(world_size), plan.mixed_precision
     return chain(
         compute_routers(policy.router_dtype),
+        drop_tokens(plan.dropping, layout),
         *([count_tokens()] if plan.count_tokens else []),
         tensor_parallel(layout),
         expert_tensor_parallel(layout),
+        *([gather_tokens(layout)] if plan.dispatcher == "all-gather" else []),
         context_parallel(layout, plan.context),
         causal_convolutions(layout),
         fuse_vocabulary(plan.logits_bytes * world_size, keep_logits or plan.keep_logits),
@@ -76,8 +80,9 @@ def sharded(
         shard_batch(layout),
         mixed_precision(policy, masters or {}),
         place(),
+        group_tokens(plan.dropping),
         report_replicated_tokens(asked=plan.context == "gather"),
-        localize(),
+        localize(pad=plan.dropping is not None and plan.dropping.pad),
         chunk_experts(plan.expert_tokens, plan.expert_chunks, bool(plan.recompute_experts)),
         bucket_gathers(),
         fuse_experts(),

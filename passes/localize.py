@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,12 @@ from moptrace.collectives import COLLECTIVES, conversion
 from moptrace.core import Level, Pass, Program, erase_dead
 from moptrace.errors import PlacementError
 from moptrace.infer import travels
+from moptrace.passes.drop_tokens import keeper
+from moptrace.passes.gather_tokens import is_gathered
 from moptrace.placement import (
     INVARIANT,
     PARTIAL,
+    REPLICATE,
     Kind,
     Layout,
     Placement,
@@ -29,30 +33,33 @@ from moptrace.placement import (
 from moptrace.random import draw
 from moptrace.reshard import cast_whole, reshard, route
 from moptrace.rings import RINGS
-from moptrace.rules import Rule, argument, operands
+from moptrace.rules import SIZE_ARGUMENT, Rule, argument, operands
 
-__all__ = ["SIZE_ARGUMENT", "local_shape", "localize"]
+__all__ = ["local_shape", "localize"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
 
-def localize() -> Pass:
+def localize(pad: bool = False) -> Pass:
     """Replace global shapes by each rank's own and every reshard by a differentiable collective.
 
     The graph stays the same on all ranks: it names axes, and the rank's position along them is
     read when it runs. Requires: a placed program. Ensures: ranks that run the graph together
     compute the placed program's function, and its gradients by the collectives' transposes.
+
+    With ``pad``, a rank that keeps at most so many pairs of each expert (``drop_tokens``) makes so
+    many rows for it, some of them of no token. So every number of rows is known.
     """
 
     def rewrite(program: Program) -> Program:
         assert program.layout is not None
-        localizer = _Localizer(program.layout)
+        localizer = _Localizer(program.layout, pad)
         for node in program.graph.nodes:
             localizer.visit(node)
         erase_dead(localizer.graph)
         return program.with_graph(localizer.graph)
 
-    return Pass("localize", rewrite, takes=(Level.PLACED,), gives=Level.LOCAL)
+    return Pass("localize", rewrite, (("pad", pad),), takes=(Level.PLACED,), gives=Level.LOCAL)
 
 
 def local_shape(
@@ -72,19 +79,11 @@ def _local_size(size: int, dim: int, placement: Placement, layout: Layout) -> in
     return size
 
 
-# Operators that are told the size of their result, and which argument says it.
-SIZE_ARGUMENT = {
-    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view, aten.expand), 1),
-    **dict.fromkeys((aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty), 1),
-    **dict.fromkeys((aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn), 0),
-}
-
-
 class _Localizer:
     """The state of one walk that writes the local graph."""
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
+    def __init__(self, layout: Layout, pad: bool = False):
+        self.layout, self.pad = layout, pad
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
         self.tables: dict[tuple[fx.Node, str], fx.Node] = {}
@@ -131,6 +130,10 @@ class _Localizer:
             self._seed(node, new)
         if node.target in RINGS:
             self._ring(node, new, rule)
+        if node.target is ops.keep_pairs.default:
+            new.args = new.args[:4]  # a rank has one group
+        if node.target is ops.dispatch.default and (slots := self._slots(node)):
+            new.args = (*new.args[:3], True, *(new.args[4:] or [None]), slots)
         if rule is not None and rule.average:
             return self._averaged(node, new, rule)
         return new
@@ -241,6 +244,8 @@ class _Localizer:
         x, axis, source, target = node.args
         assert isinstance(x, fx.Node) and isinstance(axis, str)
         before, after = parse_kind(str(source)), parse_kind(str(target))
+        if before == PARTIAL and self._slots(x):
+            return self._counts_of_slots(node, axis, after)
         if _counts_rows(x) and before == PARTIAL and after == Shard(0):
             self._table(x, axis)
         if before == PARTIAL and (x, axis) in self.tables:  # which says the counts of all ranks
@@ -315,6 +320,8 @@ class _Localizer:
         x, counts, axis, source, target = node.args
         assert isinstance(x, fx.Node) and isinstance(counts, fx.Node) and isinstance(axis, str)
         before, after = parse_kind(str(source)), parse_kind(str(target))
+        if slots := self._slots(counts):
+            return self._route_slots(node, axis, (before, after), slots)
         if name := conversion(before, after):
             table = self._table_of_all(counts, axis)
             return self._call(node, COLLECTIVES[name].op, (self.new[x], table, axis), None)
@@ -360,6 +367,51 @@ class _Localizer:
                 roles.set_role(node, placements=(placement,))
             self.tables[key] = table
         return self.tables[key]
+
+    # --- rows of which every expert has as many ---
+
+    def _slots(self, node: fx.Node) -> int:
+        """The rows that a rank has for each expert, given a dispatch or counts of it; or 0."""
+        ranks = 1  # from which rows have come
+        while self.pad and node.target in (operator.getitem, reshard):
+            if node.target is reshard and parse_kind(str(node.args[2])) == PARTIAL:
+                ranks *= self.layout.size(str(node.args[1]))
+            node = node.all_input_nodes[0]
+        if not self.pad or node.target is not ops.dispatch.default:
+            return 0
+        if is_gathered(node):  # from as many ranks as the experts are shared by
+            ranks *= math.prod(axis.size for axis in self.layout.experts.axes[1:])
+        keep = keeper(node)
+        capacity = keep.args[3] if keep else None
+        assert isinstance(capacity, int), f"nothing bounds the rows of {node.format_node()}"
+        return capacity * ranks
+
+    def _counts_of_slots(self, node: fx.Node, axis: str, after: Kind) -> fx.Node:
+        """The counts of all ranks together: each has the same."""
+        x, parts = node.args[0], self.layout.size(axis)
+        assert isinstance(x, fx.Node)
+        whole = self._call(node, aten.mul.Tensor, (self.new[x], parts), None)
+        if not isinstance(after, Shard):
+            return whole
+        roles.set_role(whole, placements=(self._with_kind(node, axis, INVARIANT),))
+        length = self._length(node, after.dim, axis)
+        return self._call(node, ops.take_shard.default, (whole, axis, after.dim, length), None)
+
+    def _route_slots(
+        self, node: fx.Node, axis: str, kinds: tuple[Kind, Kind], slots: int
+    ) -> fx.Node:
+        """Rows move as ``_route`` moves them, but in known numbers."""
+        x, counts = node.args[:2]
+        assert isinstance(x, fx.Node) and isinstance(counts, fx.Node)
+        experts = roles.tensor(counts).shape[0]
+        names: dict[tuple[Kind, Kind], str] = {
+            (Rows("token"), Rows("expert")): "send_slots",
+            (Rows("expert"), Rows("token")): "return_slots",
+            (Rows("token"), REPLICATE): "all_gather_slots",
+            (PARTIAL, Rows("token")): "reduce_scatter_slots",
+        }
+        arguments = (self.new[x], axis, slots, experts)
+        return self._call(node, COLLECTIVES[names[kinds]].op, arguments, None)
 
     def _length(self, node: fx.Node, dim: int, axis: str) -> int:
         """The size of a dimension that the ranks of an axis share: what the others leave of it."""

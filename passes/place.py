@@ -151,7 +151,9 @@ class _Placer:
             self._inherit(node, x)
 
     def _inherit(self, node: fx.Node, x: fx.Node) -> None:
-        """What is made of routed rows has their counts and their tokens."""
+        """What is made of routed rows has their counts and their tokens, until it is combined."""
+        if node.target is torch.ops.moptrace.combine.default:
+            return
         if x in self.counts:
             self.counts[node] = self.counts[x]
         if x in self.tokens:
@@ -165,7 +167,7 @@ class _Placer:
         now = self.layout.said_along(placement, axis) if placement else None
         if now is None:
             raise PlacementError(f"{roles.where(x)}: {placement} says nothing along {axis}")
-        wanted = now.with_kind(axis, asked := parse_kind(str(kind)))
+        wanted = now.with_kind(axis, asked := self._asked(kind, axis))
         if wanted != now and x in self.of_parameters and isinstance(asked, Shard):
             beside = [a.name for a in now.axes_of_dim(asked.dim)]
             for other in _split_axes(now) if self._splits_as_one(now) else beside:
@@ -173,6 +175,15 @@ class _Placer:
                     wanted = wanted.with_kind(other, REPLICATE)
         node.replace_all_uses_with(x if wanted == now else self._move(x, now, wanted, node))
         self.graph.erase_node(node)
+
+    def _asked(self, kind: Any, axis: str) -> Kind:
+        """A kind that is written, or that of another value."""
+        if not isinstance(kind, fx.Node):
+            return parse_kind(str(kind))
+        placement = roles.placement(kind)
+        said = self.layout.said_along(placement, axis) if placement else None
+        assert said is not None, f"{roles.where(kind)}: {placement} says nothing along {axis}"
+        return said.kind(axis)
 
     def _getitem(self, node: fx.Node) -> None:
         source, at = node.args

@@ -200,12 +200,16 @@ class Finder:
         return False
 
 
-def ask(value: fx.Node, axis: str, kind: Kind, users: AbstractSet[fx.Node]) -> fx.Node | None:
+def ask(
+    value: fx.Node, axis: str, kind: Kind | fx.Node, users: AbstractSet[fx.Node]
+) -> fx.Node | None:
     """Write ``constrain`` along an axis between a value and some of its users."""
     using = [user for user in value.users if user in users]
     if not using:
         return None
-    asked = call(min(using), constrain, value, axis, str(kind))
+    asked = call(
+        min(using), constrain, value, axis, kind if isinstance(kind, fx.Node) else str(kind)
+    )
     for user in using:
         user.replace_input_with(value, asked)
     return asked

@@ -10,14 +10,15 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.core import Level, Pass, Program
+from moptrace.passes.gather_tokens import is_gathered
 from moptrace.passes.place import ReplicationWarning
-from moptrace.placement import Layout, Shard, parse_kind
+from moptrace.placement import Layout, Partial, Rows, Shard, parse_kind
 from moptrace.reshard import reshard
 from moptrace.roles import Component
 
 __all__ = ["report_replicated_tokens"]
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.moptrace
 _OF_LOGITS = (Component.VOCAB, Component.LOSS)
 
 
@@ -26,8 +27,9 @@ def report_replicated_tokens(asked: bool = False) -> Pass:
 
     A recurrence over tokens is such a module, and so is a convolution that sees later tokens. Keys
     that are gathered for a rank's own queries are not: there, the work is divided. Nor are logits,
-    of which the plan says how many a rank may hold. ``asked`` leaves out attention, for a plan that
-    asks for this.
+    of which the plan says how many a rank may hold, nor what all ranks need to drop the same
+    tokens, or gather for their experts. ``asked`` leaves out attention, for a plan that asks for
+    this.
 
     Requires: a placed program. Ensures: the same program, with a note and a ``ReplicationWarning``
     of the bytes for each module.
@@ -69,12 +71,27 @@ def _alike(graph: fx.Graph, layout: Layout, asked: bool) -> Iterator[tuple[fx.No
             continue
         if not roles.tensor(node).is_floating_point() or _is_parameter(x):
             continue
-        for user in node.users:
+        for user in map(_settled, node.users):
             chosen = asked and user.target is aten.scaled_dot_product_attention.default
-            chosen |= user.op == "output" or roles.component(user) in _OF_LOGITS
+            chosen |= (
+                user.op == "output" or roles.component(user) in _OF_LOGITS or _is_planned(user)
+            )
             if not chosen and not _is_divided(user, layout):
                 yield node, user
                 break
+
+
+def _is_planned(node: fx.Node) -> bool:
+    """Whether a plan's way to drop or to gather tokens brings values there."""
+    gathered = node.target is ops.dispatch.default and is_gathered(node)
+    return gathered or node.target in (ops.keep_pairs.default, ops.combine.default)
+
+
+def _settled(node: fx.Node) -> fx.Node:
+    """The node that uses a value once it has moved as far as it does."""
+    while node.target is reshard and len(node.users) == 1:
+        (node,) = node.users
+    return node
 
 
 def _is_parameter(x: object) -> bool:
@@ -85,9 +102,9 @@ def _is_parameter(x: object) -> bool:
 
 
 def _is_divided(node: fx.Node, layout: Layout) -> bool:
-    """Whether each rank along ``cp`` computes its part of a node's results."""
+    """Whether each rank along ``cp`` computes its part of a node's results, or its terms."""
     for placement in roles.placements(node):
         said = placement.expressed_in(layout.tokens) if placement else None
-        if said is not None and isinstance(said.kind("cp"), Shard):
+        if said is not None and isinstance(said.kind("cp"), (Partial, Rows, Shard)):
             return True
     return False

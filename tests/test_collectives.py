@@ -24,9 +24,11 @@ EXAMPLES = {
 }
 CONVERTING = [row for row in COLLECTIVES.values() if row.source and row.target]
 CONVERTING = [row for row in CONVERTING if (row.source, row.target) != (Rows, Rows)]
-PLAIN = [row for row in CONVERTING if not row.moves_rows]
+PLAIN = [row for row in CONVERTING if not row.moves_rows and not row.of_slots]
+PLAIN += [row for row in COLLECTIVES.values() if row.of_slots]
 WORLD = 3
 LENGTH = 7  # not a multiple of the ranks
+SLOTS = 2  # for each of as many experts
 
 
 @pytest.mark.parametrize("row", CONVERTING, ids=lambda row: row.name)
@@ -38,7 +40,7 @@ def test_a_gradient_is_carried_back_between_the_kinds_of_gradients(row: Collecti
 
 
 def test_every_pair_of_kinds_has_at_most_one_collective() -> None:
-    pairs = [(row.source, row.target) for row in CONVERTING if not row.casts]
+    pairs = [(row.source, row.target) for row in CONVERTING if not (row.casts or row.of_slots)]
     assert len(set(pairs)) == len(pairs)
     assert conversion(Rows("token"), Rows("expert")) is None
 
@@ -46,6 +48,8 @@ def test_every_pair_of_kinds_has_at_most_one_collective() -> None:
 def _arguments(row: Collective) -> tuple[Any, ...]:
     if row.name == "all_to_all":
         return ("dp", 1, 5, 0, LENGTH)
+    if row.of_slots:
+        return ("dp", SLOTS, LENGTH)
     if row.casts:
         return ("dp", 0, torch.float64, torch.float64, LENGTH)
     return ("dp", 0, LENGTH) if "int dim" in row.schema else ("dp",)
@@ -54,6 +58,12 @@ def _arguments(row: Collective) -> tuple[Any, ...]:
 def _held(row: Collective, seed: int) -> list[Tensor]:
     """What the ranks hold before, as the collective's source kind says."""
     torch.manual_seed(seed)
+    if row.of_slots:
+        came = row.name in ("return_slots", "reduce_scatter_slots")
+        ranks = WORLD if came else 1
+        own = Layout.of(WORLD).sizes(LENGTH, "dp")
+        experts = own if row.name == "return_slots" else (LENGTH,) * WORLD
+        return [torch.randn(n * ranks * SLOTS, 5, dtype=torch.float64) for n in experts]
     if row.source is Shard:
         return list(
             torch.randn(LENGTH, 5, dtype=torch.float64).split(Layout.of(WORLD).sizes(LENGTH, "dp"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -19,6 +20,7 @@ from _report import record_examples
 from double import InFloat64
 from moptrace import MixedPrecisionPolicy, Plan, Program, roles, trace
 from moptrace.passes.default import canonical, sharded
+from moptrace.passes.drop_tokens import drop_tokens
 from moptrace.placement import Shard
 from moptrace.precision import convert
 from moptrace.testing import (
@@ -35,6 +37,7 @@ from moptrace.testing import (
     model_specs,
     plans,
     simulated_step,
+    unsharded_step,
     whole_state,
 )
 from sweeps import WITHOUT_SHRINKING, sweep
@@ -74,10 +77,33 @@ def test_any_model_on_any_mesh_under_any_plan_computes_the_same_step(data: st.Da
         plan = replace(plan, mixed_precision=policy)
         local = sharded(plan, ranks, masters=dtypes_of(model))(program)
         simulated = SimulatedRanks(local, whole_state(model))
-        last = number == PLANS_PER_MODEL - 1
-        for batch, want in zip(fed, wanted if last else wanted[:1], strict=False):
+        meant = wanted if number == PLANS_PER_MODEL - 1 else wanted[:1]
+        if plan.dropping:
+            dropped = drop_tokens(plan.dropping, groups=groups_of(plan, ranks, size))(program)
+            single = Clipped(copy.deepcopy(model), partial(unsharded, dropped))
+            meant = [single.step(batch) for batch in fed[: len(meant)]]
+        for batch, want in zip(fed, meant, strict=False):
             assert_same_clipped_step(simulated, batch, want)
         record_examples()
+
+
+def groups_of(plan: Plan, ranks: int, sequences: int) -> tuple[tuple[int, int], ...]:
+    """How the ranks of a plan share a batch [sequences, length], flattened, where they compete."""
+    assert plan.dropping is not None
+    among = [(ranks // (plan.cp * plan.tp), 1)]  # sequences, and then the tokens of each
+    within = [(plan.cp, sequences), (plan.tp, sequences)]
+    groups = {"batch": [], "sequence": among, "sub-sequence": among + within}[plan.dropping.over]
+    return tuple((parts, blocks) for parts, blocks in groups if parts > 1)
+
+
+def unsharded(program: Program, model: nn.Module, batch: dict[str, Tensor]) -> Step:
+    """The step of a program that computes in float64, on one device; sets the model's gradients."""
+    whole = {n: x.double() if x.is_floating_point() else x for n, x in whole_state(model).items()}
+    step = unsharded_step(program, whole, batch)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.grad = step.gradients[name].to(parameter.dtype)
+    named = model.named_parameters(remove_duplicate=False)
+    return replace(step, gradients={n: p.grad.clone() for n, p in named if p.grad is not None})
 
 
 @dataclass(frozen=True)
@@ -92,12 +118,12 @@ class Wanted:
 class Clipped:
     """Eager training with a limit to the norm of gradients."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, step: Callable[..., Step] = eager_step):
+        self.model, self.one_step = model, step
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def step(self, batch: dict[str, Tensor]) -> Wanted:
-        step = eager_step(self.model, batch)
+        step = self.one_step(self.model, batch)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
         return Wanted(step, norm, whole_state(self.model))

@@ -19,12 +19,16 @@ from torch.utils._pytree import tree_map_only
 
 from moptrace.kernels import grouped_mm, reference, routing
 
-NAMES = sorted([*routing.__all__, *grouped_mm.__all__])
+NAMES = sorted({*routing.__all__, *grouped_mm.__all__} - {"keep_pairs"})
+# The same operators where some pairs have no row, and where some rows are of no pair.
+SOME = ("dispatch", "pair_rows", "combine", "weigh_rows", "pair_dots")
+WAYS = NAMES + [f"{name}, {which}" for name in SOME for which in ("some", "slots")]
 EXAMPLES = settings.default.max_examples // 5 if settings.default else 30
 LAYOUTS = ("contiguous", "transposed", "every second", "expanded")
 
 
 def operator(name: str) -> Callable[..., Any]:
+    name = name.split(",")[0]
     return getattr(routing if name in routing.__all__ else grouped_mm, name)
 
 
@@ -56,6 +60,9 @@ class Case:
 
     def arguments(self, name: str) -> tuple[Any, ...]:
         """What the operator is called with."""
+        name, _, which = name.partition(", ")
+        if which:
+            return self.arguments_of_some(name, which)
         tokens, choices = self.experts.shape
         order = self.experts.flatten().argsort(stable=True)
         counts = torch.bincount(self.experts.flatten(), minlength=self.num_experts)
@@ -92,6 +99,29 @@ class Case:
             "group_sum": lambda: (self.float(pairs, *self.features), counts),
         }
         return make[name]()
+
+    def arguments_of_some(self, name: str, which: str) -> tuple[Any, ...]:
+        """Every third pair has no row; with slots, each expert has the same number of rows."""
+        tokens, choices = self.experts.shape
+        pairs = torch.arange(tokens * choices).view(tokens, choices)
+        kept = self.experts.masked_fill(pairs % 3 == 0, self.num_experts)
+        capacity = int(torch.bincount(kept.flatten()).max()) + 1 if pairs.numel() else 1
+        slots = (None, capacity) if which == "slots" else (torch.arange(self.num_experts)[1:], None)
+        x = self.float(tokens, *self.features)
+        given = (kept, self.num_experts, True, *slots)
+        if name == "dispatch":
+            return (x, *given)
+        _, _, order = reference.dispatch(x.detach(), *given)
+        weights = self.float(tokens, choices)
+        values, rows = (self.float(n, *self.features) for n in (pairs.numel(), len(order)))
+        values = values.detach().view(tokens, choices, *self.features).requires_grad_()
+        make: dict[str, tuple[Any, ...]] = {
+            "pair_rows": (values, order, True),
+            "combine": (rows, order, weights, True),
+            "weigh_rows": (x, order, weights, True),
+            "pair_dots": (x, rows, order, choices, True),
+        }
+        return make[name]
 
 
 @st.composite
@@ -146,34 +176,36 @@ def derivatives(function: Callable[..., Any], arguments: tuple[Any, ...]) -> lis
     return [value, *integers, *expanded, *first, *second]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WAYS)
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(case=cases())
 def test_an_operator_and_its_derivatives_equal_the_reference(name: str, case: Case) -> None:
     arguments = case.arguments(name)
     found = derivatives(operator(name), arguments)
-    meant = derivatives(getattr(reference, name), arguments)
+    meant = derivatives(getattr(reference, operator(name).__name__), arguments)
     for ours, theirs in zip(found, meant, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WAYS)
 def test_an_operator_is_registered_correctly(name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.moptrace, name).default, plain_case().arguments(name))
+    op = getattr(torch.ops.moptrace, operator(name).__name__).default
+    torch.library.opcheck(op, plain_case().arguments(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("empty", [True, False])
 def test_the_fake_result_is_like_the_real_one(name: str, layout: str, empty: bool) -> None:
     nothing = torch.zeros(0, 2, dtype=torch.int64)
     rowless = {"experts": nothing, "num_experts": 0, "table": nothing} if empty else {}
     arguments = plain_case(layout=layout, **rowless).arguments(name)
-    op = getattr(torch.ops.moptrace, name).default
+    op = getattr(torch.ops.moptrace, operator(name).__name__).default
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+# A row of no pair has the values of the first, which is not differentiated: nothing uses it.
+@pytest.mark.parametrize("name", sorted({*WAYS} - {"dispatch, slots", "pair_rows, slots"}))
 def test_a_gradient_equals_finite_differences(name: str) -> None:
     arguments = plain_case().arguments(name)
 

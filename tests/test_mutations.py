@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from _report import remark
-from moptrace import Plan, Program, collectives, roles, rules, trace
+from moptrace import Dropping, Plan, Program, collectives, roles, rules, trace
 from moptrace.check import check
 from moptrace.collectives import COLLECTIVES
 from moptrace.errors import CheckError
@@ -104,6 +104,9 @@ SUBJECTS: dict[str, tuple[Callable[[], nn.Module], int, Plan]] = {
     "experts in groups": (MOE.build, 4, Plan(ep=2)),
     "experts in groups, alike": (MOE.build, 4, Plan(ep=2, edp="replicate")),
     "hidden units of experts": (MOE.build, 4, Plan(ep=2, etp=2)),
+    # Of five experts, each of which may keep all tokens: nothing is dropped.
+    "rows in slots": (MOE.build, 4, Plan(ep=2, etp=2, dropping=Dropping(2.5, pad=True))),
+    "tokens gathered": (MOE.build, 4, Plan(ep=2, etp=2, dispatcher="all-gather")),
     "no expert parallelism": (MOE.build, 2, Plan(ep=1)),
     "reductions": (lambda: _seeded(Everything), 3, Plan(ep=1)),
     "heads for tokens": (MOE.build, 8, Plan(ep=2, cp=2, logits_bytes=0, embedding_bytes=0)),

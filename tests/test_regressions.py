@@ -13,7 +13,7 @@ import importlib
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from gloo import Ranks
 from moptrace import Plan, Program, collectives, rings, roles, trace
 from moptrace.check import check
 from moptrace.errors import CheckError
+from moptrace.kernels import routing
 from moptrace.passes.default import canonical, sharded
 from moptrace.rules import rule_for
 from moptrace.testing import (
@@ -783,6 +784,32 @@ def test_transformers_48205_rows_past_the_last_offset(monkeypatch: pytest.Monkey
     monkeypatch.setattr(kernels, "_sizes", lambda counts, total: counts.tolist())
     with pytest.raises(AssertionError, match="differ"):
         assert_same_step(it.step(broken), right(it))
+
+
+def test_transformers_48687_pairs_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight of a dropped pair gets no gradient, and what no pair's slot holds goes nowhere."""
+    experts = torch.tensor([[0, 1], [0, 2], [3, 1]])  # of three: the third token's first is dropped
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        x, weights = torch.rand(3, 4, requires_grad=True), torch.rand(3, 2, requires_grad=True)
+        rows, _, order = routing.dispatch(x, experts, 3, True, None, 2)
+        written = (order < experts.numel()).unsqueeze(1)
+        result = routing.combine(rows.where(written, torch.nan), order, weights, True)
+        of_x, of_weights = torch.autograd.grad(result.sum(), [x, weights])
+        assert result.isfinite().all() and of_x.isfinite().all()
+        return of_x, of_weights
+
+    assert gradients()[1][2, 0] == 0
+    monkeypatch.setattr(routing, "_choices", with_the_first_row)
+    assert gradients()[1][2, 0] != 0
+
+
+def with_the_first_row(
+    rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool
+) -> Iterator[Tensor]:
+    position = order.new_zeros(tokens * choices + 1).scatter(0, order, torch.arange(len(order)))
+    for j in range(choices):
+        yield rows[position[:-1].view(tokens, choices)[:, j]]
 
 
 # --- labels ---------------------------------------------------------------------------------------

@@ -394,6 +394,7 @@ SAMPLES = [
 ELSEWHERE: dict[Any, str] = {
     operator.getitem: "takes its placement from its tuple, and has no rule of its own",
     ops.dispatch: "gives routed rows: see the tests of routed rows below",
+    ops.keep_pairs: "its groups are the ranks' tokens: see test_dispatchers.py",
     ops.pair_rows: "takes routed rows",
     ops.grouped_mm: "takes routed rows",
     ops.expert_rows: "takes routed rows",
