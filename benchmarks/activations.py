@@ -107,7 +107,7 @@ def main() -> None:
         shown.add_column(column, justify="right")
     failures: list[str] = []
     console, kept = Console(), None
-    for activations in ("keep", "checkpoint", "offload", 0.7, 0.55):
+    for activations in ("keep", "checkpoint", "offload", 0.8):
         name = f"{activations:.0%} of the bytes" if isinstance(activations, float) else activations
         with console.status(name):
             found = fullest(Case(config, given.tokens, activations), kept.whole if kept else 0)
