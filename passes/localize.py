@@ -59,7 +59,8 @@ def localize(pad: bool = False) -> Pass:
         erase_dead(localizer.graph)
         return program.with_graph(localizer.graph)
 
-    return Pass("localize", rewrite, (("pad", pad),), takes=(Level.PLACED,), gives=Level.LOCAL)
+    options = (("pad", True),) if pad else ()
+    return Pass("localize", rewrite, options, takes=(Level.PLACED,), gives=Level.LOCAL)
 
 
 def local_shape(

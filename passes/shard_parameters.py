@@ -170,19 +170,14 @@ def shard_batch(layout: Layout) -> Pass:
     the first with more, or with one), and the length is its dimension 1. Every input with that
     dimension 0 is split there, and every one with that dimension 1 there; the others are held alike
     (scalars, and the pairs of tokens of a mask).
-    Requires: the ranks divide these sizes. Raises PlanError where they do not.
+    Requires: the ranks divide these sizes.
     """
 
     def rewrite(program: Program) -> Program:
         graph, _ = program.copy_graph()
         nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
         sizes = batch_sizes([x.shape for x in program.signature.inputs])
-        groups, parts = batch_parts(layout)
-        if sizes[0] is not None and sizes[0] % groups:
-            raise PlanError(
-                f"a global batch of {sizes[0]} sequences cannot be divided among {groups} groups "
-                f"of ranks; feed each the same number: {-(-sizes[0] // groups) * groups} in all"
-            )
+        _, parts = batch_parts(layout)
         if sizes[1] is not None and sizes[1] % parts:
             names = " and ".join(str(axis) for axis in layout.tokens.axes if axis.name != "dp")
             raise PlanError(

@@ -44,6 +44,7 @@ def test_any_step_is_that_of_one_device(data: st.DataObject) -> None:
     program = canonical()(trace(model, traced))
     for number in range(STEPS_PER_MODEL):
         plan = data.draw(plans(ranks, LENGTH), label=f"plan {number}")
+        plan = replace(plan, dropping=None)  # which one device does not do
         name = data.draw(st.sampled_from(sorted(OPTIMIZERS)), label=f"optimizer {number}")
         max_norm = data.draw(st.sampled_from([None, 0.3, math.inf]), label=f"max_norm {number}")
         schedule = data.draw(st.sampled_from(SCHEDULES), label=f"schedule {number}")

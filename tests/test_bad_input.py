@@ -56,12 +56,6 @@ def test_a_plan_that_does_not_divide_the_mesh_lists_those_that_would(sizes: dict
         plan(4, **sizes)
 
 
-def test_a_batch_that_the_ranks_do_not_divide_says_how_many_sequences_would() -> None:
-    program = canonical()(trace(Tiny(), {"x": torch.randn(6, 3)}))
-    with pytest.raises(errors.PlanError, match=r"6 sequences .* 4 groups of ranks.*: 8 in all"):
-        sharded(plan(4), 4)(program)
-
-
 def test_experts_and_their_hidden_units_share_no_more_ranks_than_there_are() -> None:
     would = r"ep \* etp must divide 4.* Plan\(ep=1, etp=2\), Plan\(ep=2, etp=2\)$"
     with pytest.raises(errors.PlanError, match=f"etp=2 leaves 2 of the 4 ranks, .*{would}"):

@@ -43,7 +43,7 @@ from moptrace.testing import (
 from sweeps import WITHOUT_SHRINKING, sweep
 
 LENGTH = 12  # of a sequence: cp * tp may be any divisor
-PLANS_PER_MODEL = 6  # a model is traced once and run under several plans
+PLANS_PER_MODEL = 8  # a model is traced once and run under several plans
 
 
 # --- the property ---------------------------------------------------------------------------------
