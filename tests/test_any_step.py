@@ -31,7 +31,7 @@ SCHEDULES = (
 )
 
 
-STEPS_PER_MODEL = 3  # a model is traced once and trained in several ways
+STEPS_PER_MODEL = 6  # a model is traced once and trained in several ways
 
 
 @settings(max_examples=EXAMPLES // STEPS_PER_MODEL, phases=WITHOUT_SHRINKING)

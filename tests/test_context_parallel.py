@@ -48,9 +48,11 @@ batch = partial(subjects.batch, size=SIZE, length=LENGTH)
 subject = partial(subjects.subject, length=LENGTH)
 
 
+MODELS = (*models.FAMILIES, "LoopWhere", "SortSlices, balanced", "OneHotEinsum", "DenseWeightFirst")
+
+
 @pytest.mark.parametrize(
-    "name",
-    [*models.FAMILIES, "LoopWhere", "SortSlices, balanced", "OneHotEinsum", "DenseWeightFirst"],
+    "name", sweep(MODELS, quick=("gpt_oss", "deepseek_v3", "LoopWhere", "SortSlices, balanced"))
 )
 def test_every_way_to_attend_computes_the_same_step(name: str) -> None:
     model, program = subject(name)
@@ -432,7 +434,10 @@ INPUTS: dict[str, tuple[str, dict[str, Any], Callable[[int], dict[str, Tensor]]]
 }
 
 
-@pytest.mark.parametrize("name", INPUTS)
+OFTEN = ("padded", "packed", "packed, products", "packed in a window", "pairs, added")
+
+
+@pytest.mark.parametrize("name", sweep(INPUTS, quick=OFTEN))
 def test_masks_and_positions_of_hugging_face(name: str) -> None:
     family, changes, extra = INPUTS[name]
     torch.manual_seed(0)

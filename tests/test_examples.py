@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -57,6 +59,7 @@ def test_3_parallelize_a_model_is_the_model() -> None:
     assert "experts split over ep=2" in shown
 
 
+@pytest.mark.slow  # test_train_goes_on_from_a_checkpoint takes the same way
 def test_4_torchrun_hugging_face_goes_on_from_its_checkpoint() -> None:
     shown = run(
         "-m",

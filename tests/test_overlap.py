@@ -66,7 +66,7 @@ UNEVEN = replace(ONE, hidden=6, vocabulary=19, experts=5, shared="")
 
 CASES: dict[str, tuple[Plan, int, ModelSpec]] = {
     "chunks and a shared expert": (CHUNKED, 1, ONE),
-    "micro-batches": (CHUNKED, 2, ONE),
+    "micro-batches": (Plan(ep=4), 2, ONE),
     "regions computed again": (replace(CHUNKED, recompute_experts=True), 1, ONE),
     "tensor parallel": (Plan(tp=2, ep=2, expert_tokens=8), 1, ONE),
     "a ring": (Plan(cp=2, ep=2, etp=2, context="ring", vp=2), 1, ONE),
@@ -195,9 +195,9 @@ def test_so_many_are_on_their_way_at_most(ahead: int, prefetch: int) -> None:
 
 def test_nothing_of_backward_runs_in_forward() -> None:
     plan = replace(CHUNKED, recompute_experts=True)
-    program = step(plan, OVERLAPPED)
-    flags = [_is_backward(n) for n in program.nodes if n.op == "call_function"]
-    before = [_is_backward(n) for n in step(plan).nodes if n.op == "call_function"]
+    moved, plain = (steps(plan, x, spec=ONE).programs[0] for x in (OVERLAPPED, None))
+    flags = [_is_backward(n) for n in moved.nodes if n.op == "call_function"]
+    before = [_is_backward(n) for n in plain.nodes if n.op == "call_function"]
     changes = sum(a != b for a, b in pairwise(flags))
     assert changes == sum(a != b for a, b in pairwise(before))
 

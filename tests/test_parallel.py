@@ -42,7 +42,7 @@ Pools = Callable[[int], Ranks]
 
 HAND_WRITTEN = ("LoopWhere", "OneHotEinsum", "SortSlices")
 NAMES = (*models.FAMILIES, *HAND_WRITTEN)
-QUICK = ("gpt_oss", "deepseek_v3", "SortSlices", "LoopWhere")
+QUICK = ("gpt_oss", "deepseek_v3", "SortSlices")
 SMALL = ModelSpec(biases=True, shared="gated", attention="fused", balance=0.1, style="loop_where")
 
 
@@ -111,7 +111,7 @@ def on_rank_every_split(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "world_size"),
-    sweep(product(NAMES, (2, 4)), list(zip(QUICK, (2, 4, 2, 4), strict=True))),
+    sweep(product(NAMES, (2, 4)), list(zip(QUICK, (2, 4, 2), strict=True))),
 )
 def test_real_ranks_compute_the_same_loss_and_gradients(
     name: str, world_size: int, ranks: Pools

@@ -14,6 +14,7 @@ from moptrace.liveness import peak_memory
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.recompute import regather
 from moptrace.testing import ModelSpec, SimulatedSteps, whole_state
+from sweeps import sweep
 
 ops = torch.ops.moptrace
 
@@ -107,7 +108,7 @@ KEPT = replace(PLAN, expert_tokens=2, recompute_experts=False)
 AGAIN = replace(PLAN, expert_tokens=2, recompute_experts=True)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", sweep([1, 2], quick=[1]))
 def test_regions_computed_again_give_the_same_bits(accumulate: int) -> None:
     plain, again = steps(None, accumulate, KEPT), steps(regather(), accumulate, AGAIN)
     assert_same_bits(plain, again, accumulate)
