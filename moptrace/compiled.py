@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from moptrace.errors import CompileWarning
 
@@ -41,7 +42,11 @@ class CompiledRegion:
     def __call__(self, *operands: Any) -> Any:
         if self._run is None:
             self._run = self._compiled(operands)
-        return self._run(*operands)
+        try:
+            return self._run(*operands)
+        except FailOnRecompileLimitHit as error:  # other sizes, for which it was compiled too often
+            self._run = self._as_it_is(error)
+            return self._run(*operands)
 
     def _compiled(self, operands: tuple[Any, ...]) -> Callable[..., Any]:
         meaning = fx.GraphModule(torch.nn.Module(), self.graph)
@@ -50,13 +55,16 @@ class CompiledRegion:
         try:
             compiled(*operands)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(
-                f"{self.name} ({self.place}) runs one operator after another, because it cannot be "
-                f"compiled: {type(error).__name__}: {reason}",
-                CompileWarning,
-                stacklevel=3,
-            )
-            return meaning
+            return self._as_it_is(error)
         log.info("compiled %s in %.1f s", self.name, time.monotonic() - began)
         return compiled
+
+    def _as_it_is(self, error: Exception) -> Callable[..., Any]:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"{self.name} ({self.place}) runs one operator after another, because it cannot be "
+            f"compiled: {type(error).__name__}: {reason}",
+            CompileWarning,
+            stacklevel=4,
+        )
+        return fx.GraphModule(torch.nn.Module(), self.graph)

@@ -26,7 +26,7 @@ def compile_regions(components: Collection[Component] | None = None, least: int 
     A run is made of pointwise operators, reductions and their views that stand one after another,
     in ``components`` if given, and that depend on each other. Nothing else changes its place, so a
     schedule stays as it was. Runs that differ only in sizes are compiled once, for all sizes: one
-    kernel updates all parameters of as many dimensions. Inductor keeps what it compiled on disk,
+    kernel updates all matrices, whatever the optimizer. Inductor keeps what it compiled on disk,
     for other processes.
 
     Views of what a run does not make stay outside of it. So a result never looks at the memory of
@@ -66,22 +66,49 @@ class _Run:
         for number, x in enumerate(self.operands):
             new[x] = self.body.placeholder(f"x{number}")
         for node in nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
-            target: Any = node.target
-            new[node] = self.body.call_function(target, args, kwargs)
+            new[node] = self._copied(node, new)
         self.body.output(tuple(new[x] for x in self.results))
+
+    def _copied(self, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Node:
+        """A node of the body. A number that changes must be a factor, not an option.
+
+        Inductor compiles again for each value of an option.
+        """
+        target: Any = node.target
+        args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
+        inner, factor = _SCALED.get(target), kwargs.get("value")
+        if inner is None or not isinstance(factor, fx.Node):
+            return self.body.call_function(target, args, kwargs)
+        x, a, b = args
+        term = self.body.call_function(inner, (a, b))
+        term = self.body.call_function(aten.mul.Tensor, (term, factor))
+        return self.body.call_function(aten.add.Tensor, (x, term))
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The same for runs that differ only in sizes."""
-        values = [roles.value(x) for x in self.operands]
-        kinds = [(x.dtype, x.dim()) if isinstance(x, Tensor) else type(x) for x in values]
+        """The same for runs that one kernel for all sizes can serve.
+
+        That tells apart which sizes are equal, which are 1, and the order in memory.
+        """
+        sizes: dict[str, int] = {}
+        kinds: list[Any] = []
+        for x in self.operands:
+            value = roles.value(x)
+            if not isinstance(value, Tensor):
+                kinds.append(type(value))
+                continue
+            pattern = [n if n == "1" else sizes.setdefault(n, len(sizes)) for n in _sizes(value)]
+            kinds.append((value.dtype, *pattern, value.is_contiguous()))
         return str(self.body), tuple(kinds)
 
     @property
     def shapes(self) -> tuple[Any, ...]:
         values = [roles.value(x) for x in self.operands]
-        return tuple(str(x.shape) if isinstance(x, Tensor) else None for x in values)
+        return tuple(_sizes(x) if isinstance(x, Tensor) else None for x in values)
+
+
+def _sizes(x: Tensor) -> tuple[str, ...]:
+    return tuple(map(str, x.shape))
 
 
 def _runs(program: Program, components: Collection[Component] | None) -> Iterator[_Run]:
@@ -169,6 +196,11 @@ def _written(program: Program, at: dict[fx.Node, tuple[_Run, CompiledRegion]]) -
     return graph
 
 
+# x + value * inner(a, b)
+_SCALED: dict[Any, Any] = {
+    aten.addcdiv.default: aten.div.Tensor,
+    aten.addcmul.default: aten.mul.Tensor,
+}
 _REDUCTIONS = (
     aten.sum.default,
     aten.sum.dim_IntList,

@@ -41,13 +41,14 @@ def regions(given: Program) -> list[fx.Node]:
 
 
 # A compiler takes seconds for each kind of region.
-@pytest.mark.parametrize(
-    "component", sweep([Component.NORM, Component.OPTIMIZER], [Component.NORM])
-)
+STEPS = {Component.NORM: 2, Component.OPTIMIZER: 12}  # more than may be compiled again
+
+
+@pytest.mark.parametrize("component", sweep(STEPS, quick=[Component.NORM]))
 def test_compiled_steps_give_the_same_weights(component: Component) -> None:
     plain = scheduled(overlapped())
     compiled = scheduled(chain(overlapped(), compile_regions([component])))
-    for seed in range(2):
+    for seed in range(STEPS[component]):
         pairs = zip(compiled.step(batch_of(seed)), plain.step(batch_of(seed)), strict=True)
         for have, want in pairs:
             assert have is not None and want is not None
@@ -61,9 +62,9 @@ def test_compiled_steps_give_the_same_weights(component: Component) -> None:
 def test_the_optimizer_is_compiled_once_for_all_sizes() -> None:
     given = program(Component.OPTIMIZER)
     trained = [p for p in given.signature.parameters if p.requires_grad]
-    updates = Counter(n.target for n in regions(given) if "addcdiv" in str(_graph(n)))
+    updates = Counter(n.target for n in regions(given) if "lerp" in str(_graph(n)))
     assert sum(updates.values()) == len(trained)
-    assert len(updates) == len({len(p.shape) for p in trained})
+    assert len(updates) < len(trained) / 2
     left = [n for n in given.nodes if roles.component(n) is Component.OPTIMIZER]
     assert not any(n.target is torch.ops.aten.lerp.Scalar for n in left)
 
@@ -71,6 +72,13 @@ def test_the_optimizer_is_compiled_once_for_all_sizes() -> None:
 def _graph(node: fx.Node) -> fx.Graph:
     assert isinstance(node.target, CompiledRegion)
     return node.target.graph
+
+
+def test_a_number_that_changes_from_step_to_step_is_a_factor() -> None:
+    for node in regions(program(Component.OPTIMIZER)):
+        for inner in _graph(node).nodes:
+            options = [x for x in inner.kwargs.values() if isinstance(x, fx.Node)]
+            assert not options, inner.format_node()
 
 
 def test_the_schedule_stays_as_it_was() -> None:
