@@ -103,6 +103,8 @@ class _Schedule:
             self._wait(started)
 
     def _emit(self, node: fx.Node) -> None:
+        if node in self.done:  # on the way to something else
+            return
         if node.target is wait:
             self._wait(node.all_input_nodes[0])
             return
