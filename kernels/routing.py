@@ -499,7 +499,8 @@ def _picked(x: Tensor, order: Tensor, choices: int, some: bool) -> Tensor:
         if not x.shape[0]:
             return x.new_zeros(order.shape[0], *x.shape[1:])
         order = order.masked_fill(order == x.shape[0] * choices, 0)
-    return x.index_select(0, order if choices == 1 else order // choices)
+    # Without choices there are still the rows of no pair that a capacity makes.
+    return x.index_select(0, order if choices <= 1 else order // choices)
 
 
 def _choices(

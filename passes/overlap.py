@@ -11,6 +11,7 @@ from moptrace import roles
 from moptrace.collectives import start, wait
 from moptrace.core import Level, Pass, Program
 from moptrace.costs import multiplies
+from moptrace.errors import PassError
 from moptrace.rings import ring, ring_backward
 
 __all__ = ["overlap"]
@@ -32,8 +33,12 @@ def overlap(ahead: int = 1, prefetch: int = 2, cover: int = 2, reach: int = 24) 
     backward in forward. All decisions follow from the graph's structure, so ranks whose shards have
     different sizes decide alike, and their collectives run in one order.
 
-    Requires: ``start_and_wait``. Ensures: the same operators on the same values.
+    Requires: ``start_and_wait``. Ensures: the same operators on the same values. Raises PassError
+    for a negative number.
     """
+    numbers = {"ahead": ahead, "prefetch": prefetch, "cover": cover, "reach": reach}
+    if negative := [f"{name}={number}" for name, number in numbers.items() if number < 0]:
+        raise PassError(f"overlap counts collectives and operators, so not {', '.join(negative)}")
 
     def rewrite(program: Program) -> Program:
         order = _Schedule(program.graph, ahead, prefetch, cover, reach).order()
@@ -43,7 +48,7 @@ def overlap(ahead: int = 1, prefetch: int = 2, cover: int = 2, reach: int = 24) 
             copies[node] = graph.node_copy(node, copies.__getitem__)
         return program.with_graph(graph)
 
-    options = (("ahead", ahead), ("prefetch", prefetch), ("cover", cover), ("reach", reach))
+    options = tuple(numbers.items())
     return Pass("overlap", rewrite, options, (Level.SCHEDULED,), needs=("start_and_wait",))
 
 

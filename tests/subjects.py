@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -15,8 +15,9 @@ from double import InFloat64
 from moptrace import Plan, Program, parallel, parallelize, trace
 from moptrace.parallel import ParallelModule
 from moptrace.passes.default import canonical
+from moptrace.testing import SimulatedSteps
 
-__all__ = ["batch", "step_on_a_rank", "subject", "traced_once"]
+__all__ = ["assert_same_bits", "batch", "step_on_a_rank", "subject", "traced_once"]
 
 
 def batch(seed: int, size: int = 12, length: int = 12) -> dict[str, Tensor]:
@@ -24,6 +25,17 @@ def batch(seed: int, size: int = 12, length: int = 12) -> dict[str, Tensor]:
     fed = models.batch(seed, size=size, length=length)
     fed["labels"][0, 2:] = -100
     return fed
+
+
+def assert_same_bits(
+    one: SimulatedSteps, other: SimulatedSteps, fed: Iterable[Sequence[dict[str, Tensor]]]
+) -> None:
+    """Loss and norm of every step, on its micro-batches, and the weights after all of them."""
+    for batches in fed:
+        for a, b in zip(one.step(*batches), other.step(*batches), strict=True):
+            assert a is not None and b is not None and torch.equal(a, b)
+    weights = other.weights()
+    assert all(torch.equal(x, weights[name]) for name, x in one.weights().items())
 
 
 @cache

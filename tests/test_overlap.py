@@ -16,12 +16,14 @@ from gloo import Ranks
 from moptrace import Plan, Program, parallelize, roles, trace, train_step
 from moptrace.collectives import start, wait
 from moptrace.core import Level, chain
+from moptrace.errors import PassError
 from moptrace.liveness import peak_memory, write_backs
 from moptrace.passes.default import canonical, overlapped, sharded
 from moptrace.passes.overlap import overlap
 from moptrace.passes.recompute import regather
 from moptrace.passes.start_and_wait import start_and_wait
 from moptrace.testing import ModelSpec, SimulatedSteps, assert_same_weights, whole_state
+from subjects import assert_same_bits
 from sweeps import sweep
 from test_train_step import ADAMW, Eager, all_of, assert_close
 
@@ -83,12 +85,8 @@ def test_the_step_is_bitwise_the_same(name: str) -> None:
     plan, accumulate, spec = CASES[name]
     plain = steps(plan, None, accumulate, spec=spec)
     moved = steps(plan, OVERLAPPED, accumulate, spec=spec)
-    for number in range(2):
-        fed = [batch_of(accumulate * number + i) for i in range(accumulate)]
-        for have, want in zip(moved.step(*fed), plain.step(*fed), strict=True):
-            assert have is not None and want is not None and torch.equal(have, want)
-    want_weights = plain.weights()
-    assert all(torch.equal(x, want_weights[name]) for name, x in moved.weights().items())
+    fed = [batch_of(seed) for seed in range(2 * accumulate)]
+    assert_same_bits(moved, plain, [fed[:accumulate], fed[accumulate:]])
     for before, after in zip(plain.programs, moved.programs, strict=True):
         assert after.level is Level.SCHEDULED
         assert sorted(_operators(after)) == sorted(_operators(before))
@@ -205,6 +203,11 @@ def test_nothing_of_backward_runs_in_forward() -> None:
 def test_memory_grows_by_what_travels() -> None:
     plain, moved = peak_memory(step(CHUNKED)), peak_memory(step(CHUNKED, OVERLAPPED))
     assert moved.bytes < 1.15 * plain.bytes
+
+
+def test_negative_numbers_are_refused() -> None:
+    with pytest.raises(PassError, match="not ahead=-1, reach=-2"):
+        overlap(ahead=-1, reach=-2)
 
 
 def test_what_is_sent_is_not_overwritten_before_the_wait() -> None:

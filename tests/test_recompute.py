@@ -14,6 +14,7 @@ from moptrace.liveness import peak_memory
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.recompute import regather
 from moptrace.testing import ModelSpec, SimulatedSteps, whole_state
+from subjects import assert_same_bits
 from sweeps import sweep
 
 ops = torch.ops.moptrace
@@ -56,16 +57,12 @@ def gathers(program: Program, backward: bool) -> list[int]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_step_is_bitwise_the_same(accumulate: int) -> None:
-    assert_same_bits(steps(None, accumulate), steps(regather(), accumulate), accumulate)
+    assert_same_bits(steps(None, accumulate), steps(regather(), accumulate), batches_of(accumulate))
 
 
-def assert_same_bits(plain: SimulatedSteps, again: SimulatedSteps, accumulate: int) -> None:
-    for number in range(2):
-        fed = [batch_of(accumulate * number + i) for i in range(accumulate)]
-        for have, want in zip(again.step(*fed), plain.step(*fed), strict=True):
-            assert have is not None and want is not None and torch.equal(have, want)
-    want_weights = plain.weights()
-    assert all(torch.equal(x, want_weights[name]) for name, x in again.weights().items())
+def batches_of(accumulate: int) -> list[list[dict[str, Tensor]]]:
+    fed = [batch_of(seed) for seed in range(2 * accumulate)]
+    return [fed[:accumulate], fed[accumulate:]]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -111,7 +108,7 @@ AGAIN = replace(PLAN, expert_tokens=2, recompute_experts=True)
 @pytest.mark.parametrize("accumulate", sweep([1, 2], quick=[1]))
 def test_regions_computed_again_give_the_same_bits(accumulate: int) -> None:
     plain, again = steps(None, accumulate, KEPT), steps(regather(), accumulate, AGAIN)
-    assert_same_bits(plain, again, accumulate)
+    assert_same_bits(plain, again, batches_of(accumulate))
 
 
 def test_backward_sends_the_rows_of_regions_again() -> None:
