@@ -7,8 +7,10 @@ rows that go in and come out, and the results of products, exist for all experts
 few rows for each expert there is nothing to save, and all rows are done at once.)
 
 The graph is differentiated once, when the operator is made. Its backward consists of the same
-operators, and so both run in the same way: ``_Expertwise`` on a CPU, and elsewhere all rows at
-once, by the grouped kernels. ``moptrace.kernels.reference`` says what the products mean.
+operators, and so both are of one kind, ``ExpertOperator``: expert by expert on a CPU, and elsewhere
+all rows at once, by the grouped kernels. What goes from forward to backward are rows like any
+others, so the two are ordinary nodes of a graph that has both.
+``moptrace.kernels.reference`` says what the products mean.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ from torch.fx.node import map_arg
 
 from moptrace.core import ancestors
 from moptrace.kernels import onednn
+from moptrace.kernels.as_one import Operator, as_one
 from moptrace.kernels.grouped_mm import ONEDNN_WIDTH, ROW_MULTIPLE, spans, uses_onednn
 
-__all__ = ["ExpertFunction", "Operand", "expert_function"]
+__all__ = ["ExpertFunction", "ExpertOperator", "Operand", "expert_function"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -70,14 +73,18 @@ class ExpertFunction:
     what the operator means. From forward to backward it keeps its operands and the results of the
     products that the gradients need; everything else is computed again. The gradient of an expert
     without rows is zero. Differentiable twice: the second time through ``graph``.
+
+    ``forward(counts, *tensors)`` gives the results and then what is kept. ``backward(counts,
+    *tensors, *kept, *gradients of the results)`` gives the gradients of the operands ``derived``.
+    In a graph that has both, as that of a training step, these two are the nodes.
     """
 
     name: str
     graph: fx.Graph
     operands: tuple[Operand, ...]
-    _kept: int
-    _forward: _Grouped = field(repr=False)
-    _backward: _Grouped = field(repr=False)
+    forward: ExpertOperator = field(repr=False)
+    backward: ExpertOperator = field(repr=False)
+    derived: tuple[int, ...] = field(repr=False)
 
     @property
     def __name__(self) -> str:  # as fx writes the target of a call
@@ -88,7 +95,7 @@ class ExpertFunction:
         """The graph as a function that runs one operator after another, over all rows."""
         return fx.GraphModule(torch.nn.Module(), self.graph)
 
-    @property
+    @cached_property
     def results(self) -> int:
         return len(_outputs(self.graph))
 
@@ -96,21 +103,8 @@ class ExpertFunction:
         if torch.is_grad_enabled() and any(x.requires_grad for x in arguments):
             results = _Differentiable.apply(self, *arguments)
         else:
-            results = self._forward(arguments, range(self.results))
+            results = self.forward.some(range(self.results), arguments)
         return results if self.results > 1 else results[0]
-
-    def run(self, arguments: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The results, followed by what the backward needs beside the arguments."""
-        return self._forward(arguments, range(self.results + self._kept))
-
-    def differentiate(
-        self, arguments: Sequence[Any], wanted: Sequence[int]
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of the wanted operands.
-
-        ``arguments`` are those of the function, what ``run`` kept, and the results' gradients.
-        """
-        return self._backward(arguments, wanted)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -118,20 +112,16 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, function: ExpertFunction, *arguments: Tensor) -> tuple[Tensor, ...]:
-        found = function.run(arguments)
+        found = function.forward(*arguments)
         ctx.function, ctx.count = function, len(arguments)
-        kept = found[function.results :]
-        # On a CPU a product's result is a list of tensors, one for each expert.
-        ctx.lengths = [len(x) if isinstance(x, list) else None for x in kept]
-        flat = [part for x in kept for part in (x if isinstance(x, list) else [x])]
-        ctx.save_for_backward(*arguments, *flat)
+        ctx.save_for_backward(*arguments, *found[function.results :])
         return found[: function.results]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         function: ExpertFunction = ctx.function
-        arguments, flat = ctx.saved_tensors[: ctx.count], list(ctx.saved_tensors[ctx.count :])
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        arguments = ctx.saved_tensors[: ctx.count]
+        wanted = [i for i in function.derived if ctx.needs_input_grad[2 + i]]
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 results = function.meaning(*arguments)
@@ -140,13 +130,9 @@ class _Differentiable(torch.autograd.Function):
                 results, leaves, gradients, create_graph=True, allow_unused=True
             )
         else:
-            kept: list[Any] = []
-            for length in ctx.lengths:
-                taken = 1 if length is None else length
-                kept.append(flat[0] if length is None else flat[:taken])
-                flat = flat[taken:]
             whole = [g.contiguous() for g in gradients]
-            found = function.differentiate([*arguments, *kept, *whole], wanted)
+            outputs = [function.derived.index(i) for i in wanted]
+            found = function.backward.some(outputs, [*ctx.saved_tensors, *whole])
         by_place = dict(zip(wanted, found, strict=True))
         return None, None, *(by_place.get(i) for i in range(ctx.count - 1))
 
@@ -176,20 +162,21 @@ def expert_function(
     [2.0, 2.0, 0.0]
     """
     joint, constants = _joint(graph, operands)
-    forward, backward = _parted(joint, len(operands), len(_outputs(graph)), _products(graph))
     results = len(_outputs(graph))
-    kept = len(_outputs(forward)) - results
-    is_rows = [x.kind == "rows" for x in operands]
-    of_backward = [*is_rows, *[True] * (kept + results)]
+    forward, backward, derived = _parted(joint, len(operands), results, _products(graph))
+    given = backward.find_nodes(op="placeholder")[1 + len(operands) :]
+    between = [Operand("rows", x.meta["val"].shape[1:], x.meta["val"].dtype) for x in given]
     rounds = any(_is_wide(node) for node in forward.nodes if node.target is PRODUCT)
-    return ExpertFunction(
+    found = ExpertFunction(
         name,
         graph,
         tuple(operands),
-        kept,
-        _Grouped(forward, constants, is_rows, rounds, results),
-        _Grouped(backward, constants, of_backward, rounds, len(operands)),
+        ExpertOperator(f"{name}_forward", forward, constants, operands, rounds),
+        ExpertOperator(f"{name}_backward", backward, constants, [*operands, *between], rounds),
+        derived,
     )
+    _ = found.forward.expertwise, found.backward.expertwise
+    return found
 
 
 def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> tuple[fx.Graph, dict[str, Tensor]]:
@@ -223,6 +210,10 @@ def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> tuple[fx.Graph, dict
     if not all(x.is_floating_point() for x in gradients):
         raise ValueError("a result of the experts is not of a floating dtype")
     traced = make_fx(step, _allow_non_fake_inputs=True)(counts, *given, *gradients)
+    names = [x.name for x in graph.find_nodes(op="placeholder")]
+    names += [f"gradient_{i}" for i in range(len(gradients))]
+    for node, name in zip(traced.graph.find_nodes(op="placeholder"), names, strict=True):
+        node._rename(name)
     constants: dict[str, Tensor] = {}
     for node in list(traced.graph.nodes):
         if node.op == "get_attr":
@@ -235,15 +226,20 @@ def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> tuple[fx.Graph, dict
 
 def _parted(
     joint: fx.Graph, operands: int, results: int, products: int
-) -> tuple[fx.Graph, fx.Graph]:
-    """The forward, which also returns the products to keep; and the backward, which takes them."""
+) -> tuple[fx.Graph, fx.Graph, tuple[int, ...]]:
+    """The forward, which also returns the products to keep; and the backward, which takes them.
+
+    The last are the numbers of the operands whose gradients the backward gives.
+    """
     inputs = joint.find_nodes(op="placeholder")
     counts, given, gradients = inputs[0], inputs[1 : operands + 1], inputs[operands + 1 :]
     returned = joint.output_node().args[0]
     assert isinstance(returned, (list, tuple))
     # The forward comes first, so the first products are its own.
     of_forward = [n for n in joint.nodes if n.target is PRODUCT][:products]
-    backward = _extracted(joint, [counts, *given], of_forward, gradients, returned[results:])
+    derived = tuple(i for i, x in enumerate(returned[results:]) if x is not None)
+    wanted = [returned[results + i] for i in derived]
+    backward = _extracted(joint, [counts, *given], of_forward, gradients, wanted)
     takes = backward.find_nodes(op="placeholder")
     between = slice(operands + 1, operands + 1 + products)
     needed = [bool(node.users) for node in takes[between]]
@@ -252,7 +248,7 @@ def _parted(
             backward.erase_node(node)
     kept = [node for node, is_needed in zip(of_forward, needed, strict=True) if is_needed]
     forward = _extracted(joint, [counts, *given], [], [], [*returned[:results], *kept])
-    return forward, backward
+    return forward, backward, derived
 
 
 def _extracted(
@@ -272,7 +268,7 @@ def _extracted(
         is_known = all(x in new for x in node.all_input_nodes)
         if node.op in ("call_function", "get_attr") and node not in new and is_known:
             new[node] = graph.node_copy(node, new.__getitem__)
-    graph.output(tuple(x if x is None else new[x] for x in returned))
+    graph.output(tuple(new[x] for x in returned))
     graph.eliminate_dead_code()
     return graph
 
@@ -290,47 +286,75 @@ def _outputs(graph: fx.Graph) -> tuple[Any, ...]:
 # --- running --------------------------------------------------------------------------------------
 
 
-class _Grouped:
-    """A graph over the rows of all experts, which is run for some of its outputs.
+class ExpertOperator(Operator):
+    """A graph over the rows of all experts as one operator: ``f(counts, *tensors)``, a tuple.
 
-    Its first placeholder are the counts; ``is_rows`` says which of the others are rows. On a CPU,
-    outputs from number ``kept`` on are lists of one tensor for each expert that has rows, and such
-    lists are taken in place of rows. With ``rounds``, an expert's rows are padded to a round number
-    where oneDNN multiplies them.
+    ``tensors`` are the graph's other placeholders, as ``operands`` say. With ``rounds``, an expert's
+    rows are padded to a round number where oneDNN multiplies them.
+
+    Not differentiable.
     """
 
     def __init__(
         self,
+        name: str,
         graph: fx.Graph,
-        constants: dict[str, Any],
-        is_rows: Sequence[bool],
+        constants: dict[str, Tensor],
+        operands: Sequence[Operand],
         rounds: bool,
-        kept: int,
     ):
-        self.graph, self.constants, self.rounds, self.kept = graph, constants, rounds, kept
-        self.inputs = graph.find_nodes(op="placeholder")
-        self.rows = {x for x, own in zip(self.inputs[1:], is_rows, strict=True) if own}
-        self.example = next(i for i, x in enumerate(self.inputs) if x in self.rows)
-        self._plans: dict[tuple[int, ...], _Expertwise] = {}
-        self._plan(tuple(range(len(_outputs(graph)))))
+        self.__name__ = name
+        self.graph, self.constants = graph, constants
+        self.operands, self.rounds = tuple(operands), rounds
+        kinds = [x.kind for x in operands]
+        self.example = 1 + kinds.index("rows")  # an argument that has all rows
+        self._some: dict[tuple[int, ...], tuple[ExpertOperator, tuple[int, ...]]] = {}
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        counts, rows = arguments[0], arguments[self.example].shape[0]
+        if is_fake(counts):
+            return as_one(self, *arguments)
+        if counts.device.type == "cpu" and rows >= EXPERTWISE_ROWS * counts.shape[0]:
+            return self.expertwise(arguments)
+        return self.whole(*arguments)
+
+    def shapes(self, *operands: Tensor) -> tuple[Tensor, ...]:
+        return self.whole(*operands)
 
     @cached_property
-    def _whole(self) -> Callable[..., tuple[Any, ...]]:
+    def whole(self) -> Callable[..., tuple[Tensor, ...]]:
         """All rows at once, by the grouped kernels."""
         return fx.GraphModule(self.constants, self.graph)
 
-    def _plan(self, wanted: tuple[int, ...]) -> _Expertwise:
-        if wanted not in self._plans:
-            self._plans[wanted] = _Expertwise(self, wanted)
-        return self._plans[wanted]
+    @cached_property
+    def expertwise(self) -> _Expertwise:
+        """The rows of one expert after another; ValueError if these do not stay apart."""
+        return _Expertwise(self)
 
-    def __call__(self, arguments: Sequence[Any], wanted: Sequence[int]) -> tuple[Any, ...]:
-        counts, rows = arguments[0], arguments[self.example].shape[0]
-        is_real = counts.device.type == "cpu" and not is_fake(counts)
-        if is_real and rows >= EXPERTWISE_ROWS * counts.shape[0]:
-            return self._plan(tuple(wanted))(arguments)
-        found = self._whole(*arguments)
-        return tuple(found[i] for i in wanted)
+    @cached_property
+    def products(self) -> list[tuple[int, int]]:
+        """The products of matrices: of each, the two sizes that are not the number of rows."""
+        pairs = (n.args[:2] for n in self.graph.nodes if n.target in (PRODUCT, OUTER))
+        return [(a.meta["val"].shape[-1], b.meta["val"].shape[-1]) for a, b in pairs]
+
+    def only(self, outputs: Sequence[int]) -> tuple[ExpertOperator, tuple[int, ...]]:
+        key = tuple(outputs)
+        if key not in self._some:
+            wanted = [_outputs(self.graph)[i] for i in key]
+            needed, inputs = ancestors(wanted), self.graph.find_nodes(op="placeholder")
+            taken = tuple(i for i, x in enumerate(inputs) if i == 0 or x in needed)
+            part = _extracted(self.graph, [inputs[i] for i in taken], [], [], wanted)
+            given = [self.operands[i - 1] for i in taken[1:]]
+            operator = ExpertOperator(self.__name__, part, self.constants, given, self.rounds)
+            self._some[key] = operator, taken
+        return self._some[key]
+
+    def some(self, outputs: Sequence[int], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Some of the outputs, of the arguments for all."""
+        if not outputs:
+            return ()
+        operator, taken = self.only(outputs)
+        return operator(*(arguments[i] for i in taken))
 
 
 class _Expertwise:
@@ -340,32 +364,33 @@ class _Expertwise:
     parameters, which writes its results where they belong.
     """
 
-    def __init__(self, grouped: _Grouped, wanted: tuple[int, ...]):
-        self.inputs, self.rounds = grouped.inputs, grouped.rounds
-        self.constants = grouped.constants
-        outputs = _outputs(grouped.graph)
-        self.outputs = [outputs[i] for i in wanted]
-        self.kept = [outputs[i] for i in wanted if i >= grouped.kept]
-        needed = ancestors(x for x in self.outputs if x is not None)
-        self.rows = [x for x in self.inputs if x in grouped.rows and x in needed]
-        self.example = grouped.example
+    def __init__(self, operator: ExpertOperator):
+        self.rounds, self.constants = operator.rounds, operator.constants
+        self.inputs = operator.graph.find_nodes(op="placeholder")
+        self.outputs = _outputs(operator.graph)
+        self.example = operator.example
+        self.rows = [
+            node
+            for node, x in zip(self.inputs[1:], operator.operands, strict=True)
+            if x.kind == "rows" and node.users
+        ]
         self.before: list[fx.Node] = []
         self.inside: dict[fx.Node, None] = {}
         self.after: dict[fx.Node, None] = {}
-        for node in grouped.graph.nodes:
-            if node in needed:
-                self._sort(node, node in grouped.rows)
-        results = (x for i, x in zip(wanted, self.outputs, strict=True) if i < grouped.kept)
+        for node in operator.graph.nodes:
+            if node.op != "output":
+                self._sort(node)
         self.sums = [x for x in self.inside if _is_sum(x)]
-        rows = (x for x in results if x in self.inside and not _is_sum(x))
+        rows = (x for x in self.outputs if x in self.inside and not _is_sum(x))
         self.results = list(dict.fromkeys(rows))
         self.parts = [x for x in self.before if any(user in self.inside for user in x.users)]
         self.parts = [x for x in self.parts if x is not self.inputs[0]]
+        self.own = self._rows_in_outer_products()
         self._expert = self._written()
 
-    def _sort(self, node: fx.Node, is_rows: bool) -> None:
+    def _sort(self, node: fx.Node) -> None:
         inputs = [x for x in node.all_input_nodes if not _is_constant(x)]
-        rows = is_rows or any(x in self.inside and not _is_sum(x) for x in inputs)
+        rows = node in self.rows or any(x in self.inside and not _is_sum(x) for x in inputs)
         sums = any(x in self.after or _is_sum(x) for x in inputs)
         if rows and sums:
             raise ValueError(f"{node.format_node()} takes rows and sums over rows")
@@ -376,7 +401,23 @@ class _Expertwise:
         else:
             self.before.append(node)
 
-    def _written(self) -> Callable[..., tuple[Tensor, ...]]:
+    def _rows_in_outer_products(self) -> set[fx.Node]:
+        """The rows which an outer product takes as they are, or views of them.
+
+        It adds up zeros for padding, so where it takes rows with others after them, they must be a
+        copy of their own.
+        """
+        left = [x for node in self.sums if node.target is OUTER for x in node.all_input_nodes]
+        found: set[fx.Node] = set()
+        while left:
+            node = left.pop()
+            if node in self.rows:
+                found.add(node)
+            elif node.target is not PRODUCT and torch.Tag.pointwise not in _tags(node):
+                left += node.all_input_nodes
+        return found
+
+    def _written(self) -> Callable[..., None]:
         """One expert's function: of its number of rows, its rows, its parts, and where to write."""
         graph = fx.Graph()
         count = graph.placeholder("count")
@@ -388,9 +429,11 @@ class _Expertwise:
             if node in new:
                 continue
             xs: Any = node.args
-            if node.target is PRODUCT and node in place and self._is_only_returned(node):
+            if node.target is PRODUCT and node in place:
+                is_used = any(user in self.inside for user in node.users)
+                write = _multiply_and_keep if is_used else _multiply_to
                 args = (new[xs[0]], part[xs[1]], count, place[node])
-                graph.call_function(_multiply_to, args)
+                new[node] = graph.call_function(write, args)
                 written.add(node)
             elif node.target is PRODUCT:
                 new[node] = graph.call_function(_multiply, (new[xs[0]], part[xs[1]]))
@@ -407,46 +450,38 @@ class _Expertwise:
         for node in self.results:
             if node not in written:
                 graph.call_function(_copy_to, (new[node], count, place[node]))
-        graph.output(tuple(new[x] for x in self.kept))
+        graph.output(None)
         return fx.GraphModule(self.constants, graph)
 
-    def _is_only_returned(self, node: fx.Node) -> bool:
-        return node not in self.kept and not any(user in self.inside for user in node.users)
-
-    def __call__(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    def __call__(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         values: dict[fx.Node, Any] = dict(zip(self.inputs, arguments, strict=True))
         for node in self.before:
             if node.op != "placeholder":
                 values[node] = _call(node, values)
-        counts, rows = arguments[0], [values[x] for x in self.rows]
+        counts = arguments[0]
         like = arguments[self.example]
         total = like.shape[0]
         for nodes, length in ((self.results, total), (self.sums, counts.shape[0])):
             for node in nodes:
                 values[node] = _new(node, length, like)
+        rows = [(values[x], x in self.own) for x in self.rows]
         parts = [values[x].unbind() for x in self.parts]
         results = [values[x] for x in self.results]
         sums = [values[x].unbind() for x in self.sums]
         multiple = ROW_MULTIPLE if self.rounds and onednn.is_faster() else 1
-        kept: list[tuple[Tensor, ...]] = []
         for expert, span in enumerate(spans(counts, total)):
             count = span.stop - span.start
             if not count:
                 for x in sums:
                     x[expert].zero_()
-                kept.append(())
                 continue
-            taken = [
-                x[expert] if isinstance(x, list) else _padded(x[span], -count % multiple)
-                for x in rows
-            ]
+            missing = -count % multiple
+            taken = [_padded(x, span, missing, own) for x, own in rows]
             own, to = [x[expert] for x in parts], [x[span] for x in results]
-            kept.append(self._expert(count, *taken, *own, *to, *(x[expert] for x in sums)))
-        for number, node in enumerate(self.kept):
-            values[node] = [x[number] if x else None for x in kept]
+            self._expert(count, *taken, *own, *to, *(x[expert] for x in sums))
         for node in self.after:
             values[node] = _call(node, values)
-        return tuple(x if x is None else values[x] for x in self.outputs)
+        return tuple(values[x] for x in self.outputs)
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -474,13 +509,19 @@ def _new(node: fx.Node, length: int, like: Tensor) -> Tensor:
     return like.new_empty(length, *value.shape[1:], dtype=value.dtype)
 
 
-def _padded(rows: Tensor, missing: int) -> Tensor:
-    """The rows with zeros after them."""
+def _tags(node: fx.Node) -> Sequence[torch.Tag]:
+    return getattr(node.target, "tags", ())
+
+
+def _padded(x: Tensor, span: slice, missing: int, own: bool) -> Tensor:
+    """The rows of a span and so many after them: the next ones, or zeros in a copy of ``own``."""
     if not missing:
-        return rows
-    count = rows.shape[0]
-    wide = rows.new_empty(count + missing, *rows.shape[1:])
-    wide[:count] = rows
+        return x[span]
+    count, stop = span.stop - span.start, span.stop + missing
+    if not own and stop <= x.shape[0]:
+        return x[span.start : stop]
+    wide = x.new_empty(count + missing, *x.shape[1:])
+    wide[:count] = x[span]
     wide[count:] = 0
     return wide
 
@@ -499,6 +540,15 @@ def _multiply_to(rows: Tensor, matrix: Tensor, count: int, to: Tensor) -> None:
         to.copy_(onednn.multiply(rows, matrix)[:count])
     else:
         torch.mm(rows[:count], matrix, out=to)
+
+
+def _multiply_and_keep(rows: Tensor, matrix: Tensor, count: int, to: Tensor) -> Tensor:
+    """The product, which is also written where it is kept."""
+    if len(rows) == count and not uses_onednn(rows, matrix.shape[1]):
+        return torch.mm(rows, matrix, out=to)
+    result = _multiply(rows, matrix)
+    to.copy_(result[:count])
+    return result
 
 
 def _outer_to(a: Tensor, b: Tensor, count: int, to: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec
 
 from moptrace import roles
 from moptrace.errors import PassError
+from moptrace.kernels.as_one import Operator
 from moptrace.placement import Layout
 
 __all__ = [
@@ -367,14 +368,32 @@ def connected(nodes: Iterable[fx.Node]) -> Iterator[list[fx.Node]]:
 def erase_dead(graph: fx.Graph, keep: Sequence[fx.Node] = ()) -> None:
     """Remove nodes whose results nothing uses, if they do nothing else; placeholders stay.
 
-    A random operator does nothing else: which numbers others draw does not depend on it.
+    An ``Operator`` is left to give what is used of its results. A random operator does nothing
+    else: which numbers others draw does not depend on it.
     """
     kept = set(keep)
     for node in reversed(list(graph.nodes)):
-        if node.op in ("placeholder", "output") or node.users or node in kept:
+        if node.op in ("placeholder", "output") or node in kept:
             continue
-        if is_random(node) or not node.is_impure():
+        if node.users:
+            if isinstance(node.target, Operator):
+                _narrow(node, node.target)
+        elif is_random(node) or not node.is_impure():
             graph.erase_node(node)
+
+
+def _narrow(node: fx.Node, operator: Operator) -> None:
+    """Let a node give those of its results alone that are used."""
+    picks: list[Any] = list(node.users)  # each takes one result
+    used = sorted({pick.args[1] for pick in picks})
+    values = roles.value(node)
+    if len(used) == len(values):
+        return
+    node.target, taken = operator.only(used)  # type: ignore[assignment]
+    node.args = tuple(node.args[i] for i in taken)
+    roles.set_value(node, tuple(values[i] for i in used))
+    for pick in picks:
+        pick.args = (node, used.index(pick.args[1]))
 
 
 def is_random(node: fx.Node) -> bool:

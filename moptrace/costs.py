@@ -8,7 +8,7 @@ routing, as they do in ``liveness.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 from moptrace import roles
 from moptrace.activations import communicates
 from moptrace.core import Program
+from moptrace.kernels.expert_function import ExpertOperator
 from moptrace.liveness import shape_of, sizes_of_values, storages, symbols_of
 
-__all__ = ["Machine", "multiplies", "operator_costs"]
+__all__ = ["Machine", "operator_costs", "products"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -48,10 +49,6 @@ def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
     """The seconds that every node takes; a view takes none."""
     symbols, sizes, root = symbols_of(program), sizes_of_values(program), storages(program)
 
-    def shapes(node: fx.Node) -> list[Shape]:
-        values = pytree.tree_leaves([roles.value(x) for x in node.all_input_nodes])
-        return [shape_of(x, symbols) for x in values if isinstance(x, Tensor)]
-
     def written(node: fx.Node) -> int:
         return sizes[node] or sum(sizes[user] for user in node.users)  # of a tuple, its elements
 
@@ -61,20 +58,27 @@ def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
             found[node] = 0.0
             continue
         moved = sum(sizes[x] for x in node.all_input_nodes) + written(node)
-        products = _products(node.target, shapes(node)) / machine.flops
+        computed = _operations(node, symbols) / machine.flops
         sent = written(node) / machine.link if communicates(node) else 0.0
-        found[node] = max(products, moved / machine.memory) + sent
+        found[node] = max(computed, moved / machine.memory) + sent
     return found
 
 
-def multiplies(node: fx.Node) -> bool:
-    """Whether an operator multiplies matrices, as attention does too."""
+def products(node: fx.Node) -> int:
+    """How many products of matrices an operator makes; attention counts as one."""
+    if isinstance(node.target, ExpertOperator):
+        return len(node.target.products)
     return _count(node.target) is not None
 
 
-def _products(target: Any, shapes: list[Shape]) -> float:
+def _operations(node: fx.Node, symbols: Mapping[Any, int]) -> float:
     """The floating-point operations of an operator's matrix products."""
-    count = _count(target)
+    values = pytree.tree_leaves([roles.value(x) for x in node.all_input_nodes])
+    shapes = [shape_of(x, symbols) for x in values if isinstance(x, Tensor)]
+    if isinstance(node.target, ExpertOperator):
+        rows = roles.tensor(node.args[node.target.example])
+        return 2.0 * shape_of(rows, symbols)[0] * sum(a * b for a, b in node.target.products)
+    count = _count(node.target)
     return count(shapes) if count is not None else 0.0
 
 

@@ -40,7 +40,7 @@ from torch import Tensor, fx
 from moptrace import roles
 from moptrace.core import Buffer, Input, Level, Parameter, Program, State
 from moptrace.fold import runs, wired_alike
-from moptrace.kernels.expert_function import ExpertFunction
+from moptrace.kernels.expert_function import ExpertFunction, ExpertOperator
 from moptrace.placement import Invariant, Partial, Placement, Rows, Shard
 from moptrace.random import draw
 from moptrace.reshard import reshard, route
@@ -440,13 +440,15 @@ def _sections(program: Program, fold: bool) -> Iterator[list[Line]]:
             yield [Line(heading=title, sign=""), *_lines(inputs, write, fold)]
     body = [node for node in nodes if node.op not in ("placeholder", "output")]
     yield [Line(heading="nodes", sign=""), *_lines(body, write, fold)]
-    for function in dict.fromkeys(n.target for n in body if isinstance(n.target, ExpertFunction)):
-        yield [Line(heading=f"{function.name}, for each expert", sign=""), *_inside(function)]
+    for target in dict.fromkeys(node.target for node in body):
+        if isinstance(target, (ExpertFunction, ExpertOperator)):
+            heading = f"{target.__name__}, for each expert"
+            yield [Line(heading=heading, sign=""), *_inside(target)]
     yield [Line(heading="outputs", sign=""), *_outputs(program)]
 
 
-def _inside(function: ExpertFunction) -> Iterator[Line]:
-    """The operators that an expert's function is made of."""
+def _inside(function: ExpertFunction | ExpertOperator) -> Iterator[Line]:
+    """The operators that an expert's function, its forward or its backward is made of."""
     counts, *inputs = function.graph.find_nodes(op="placeholder")
     yield Line(f"%{counts.name}", "[experts]")
     sides = {"rows": "rows", "experts": "experts", "all": ""}

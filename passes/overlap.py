@@ -10,7 +10,7 @@ from torch import fx
 from moptrace import roles
 from moptrace.collectives import start, wait
 from moptrace.core import Level, Pass, Program
-from moptrace.costs import multiplies
+from moptrace.costs import products
 from moptrace.errors import PassError
 from moptrace.rings import ring, ring_backward
 
@@ -24,7 +24,8 @@ def overlap(ahead: int = 1, prefetch: int = 2, cover: int = 2, reach: int = 24) 
     what leads to that from values at hand runs first. A wait goes right before the first node that
     needs the result; if ``cover`` heavy operators have not run since the start, those that come
     later and do not depend on it run first: the next chunk's experts, a shared expert, gradients of
-    weights. Heavy operators are products of matrices, attention and whatever travels in a ring.
+    weights. Heavy operators are products of matrices, attention and whatever travels in a ring; an
+    expert's function is as many as it has products.
 
     Memory is bounded by counts. Of one kind along one axis, ``ahead`` collectives and one more are
     on their way at most, so that a chunk's rows come while those of the chunk before are worked on.
@@ -52,9 +53,10 @@ def overlap(ahead: int = 1, prefetch: int = 2, cover: int = 2, reach: int = 24) 
     return Pass("overlap", rewrite, options, (Level.SCHEDULED,), needs=("start_and_wait",))
 
 
-def _is_heavy(node: fx.Node) -> bool:
+def _weight(node: fx.Node) -> int:
+    """The heavy operators that a node stands for."""
     travels = ring(node.target) is not None or ring_backward(node.target) is not None
-    return multiplies(node) or travels
+    return products(node) or int(travels)
 
 
 class _Schedule:
@@ -72,7 +74,7 @@ class _Schedule:
         # Waits have no place of their own: they go before whoever needs them.
         self.line = [n for n in graph.nodes if n not in self.done and n.target is not wait]
         self.at = 0  # in the line: all before it have run
-        self.heavy = {node for node in self.line if _is_heavy(node)}
+        self.heavy = {node: weight for node in self.line if (weight := _weight(node))}
         self.clock = 0
         self.arrival: dict[fx.Node, int] = {}  # of what has started
         self.busy: dict[str, int] = defaultdict(int)  # until when each axis is
@@ -115,7 +117,7 @@ class _Schedule:
             return
         if node.target is start:
             self._start(node)
-        self.clock += node in self.heavy
+        self.clock += self.heavy.get(node, 0)
         self.done[node] = None
 
     def _start(self, node: fx.Node) -> None:
@@ -152,7 +154,7 @@ class _Schedule:
         for node in self._upcoming():
             if node.target is start and node not in self.free and not self._is_full(_kind(node)):
                 path = self._path(node)
-                if path is not None and self.heavy.isdisjoint(path):
+                if path is not None and self.heavy.keys().isdisjoint(path):
                     return self._run(path)
         return False
 
@@ -177,7 +179,7 @@ class _Schedule:
         is_backward = roles.role(self.line[self.at]).backward
         for place in range(self.at, len(self.line) - 1):  # the last one is the output
             node = self.line[place]
-            heavy += node in self.heavy
+            heavy += self.heavy.get(node, 0)
             if heavy > self.reach or roles.role(node).backward != is_backward:
                 return
             if node not in self.done:
