@@ -312,11 +312,12 @@ class ExpertOperator(Operator):
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         counts, rows = arguments[0], arguments[self.example].shape[0]
+        if counts.device.type != "cpu":  # traced there, a graph has the grouped kernels one by one
+            return self.whole(*arguments)
         if is_fake(counts):
             return as_one(self, *arguments)
-        if counts.device.type == "cpu" and rows >= EXPERTWISE_ROWS * counts.shape[0]:
-            return self.expertwise(arguments)
-        return self.whole(*arguments)
+        is_many = rows >= EXPERTWISE_ROWS * counts.shape[0]
+        return self.expertwise(arguments) if is_many else self.whole(*arguments)
 
     def shapes(self, *operands: Tensor) -> tuple[Tensor, ...]:
         return self.whole(*operands)
