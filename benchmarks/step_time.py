@@ -3,8 +3,9 @@
     python benchmarks/step_time.py
     python benchmarks/step_time.py --systems fsdp2 by-hand --tokens 512 --no-gate
 
-Four gloo ranks train the model of ``models.py`` from the same weights on the same tokens. Every
-system must first give the single-process model's loss, its gradients and its loss after one
+Four gloo ranks train the model of ``models.py`` from the same weights on the same tokens. moptrace
+does it in three ways: through autograd, and with ``train_step`` as one graph, as it is and compiled.
+Every system must first give the single-process model's loss, its gradients and its loss after one
 optimizer step to 1e-4; then the systems take turns, so that whatever else the machine does meets
 all of them. FSDP2 is tuned in the same run and its best setting is compared. The exit status is 1
 when a system is wrong, or moptrace slower than ``GATES`` allow: ``--no-gate`` reports only that.
@@ -49,7 +50,8 @@ LENGTH = 512  # of a sequence
 TOLERANCE = 1e-4
 LEARNING_RATE = 1e-4
 COMPILE_LIMIT = 120.0  # seconds
-SYSTEMS = ("fsdp2", "by-hand", "moptrace")
+TRAIN_STEPS = {"train-step": False, "train-step-compiled": True}  # and whether it is compiled
+SYSTEMS = ("fsdp2", "by-hand", "moptrace", *TRAIN_STEPS)
 
 # What moptrace must reach, as its speed over another system's, by tokens per rank (None: any).
 GATES: dict[tuple[str, int | None], float] = {
@@ -109,6 +111,13 @@ class System(ABC):
         loss = self.model(**batch)
         loss.backward()
         return loss.detach()
+
+    def first_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """A step as ``step`` does it, and the gradients that it took."""
+        loss = self.backward(batch)
+        gradients = self.full_gradients()
+        self.optimizer.step()
+        return loss, gradients
 
     @abstractmethod
     def full_gradients(self) -> dict[str, Tensor]:
@@ -181,6 +190,30 @@ class Moptrace(System):
         return {name: g for name, g in gradients.items() if g is not None}
 
 
+class TrainStep(Moptrace):
+    """``moptrace.train_step``: forward, backward and AdamW as one graph."""
+
+    def __init__(self, whole: MoEDecoder, compiled: bool) -> None:
+        import moptrace
+
+        super().__init__(whole)
+        self.train = moptrace.train_step(self.parallel, self.optimizer, compile=compiled)
+
+    def step(self, batch: Batch) -> Tensor:
+        return self.train(**batch)
+
+    def first_step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradients are what AdamW's first step puts into its first moment."""
+        loss = self.train(**batch)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                moment = self.optimizer.state[parameter]["exp_avg"]
+                parameter.grad = moment / (1 - group["betas"][0])
+        gradients = self.full_gradients()
+        self.optimizer.zero_grad()
+        return loss, gradients
+
+
 # ------------------------------------------------------------------------------------ checking
 
 
@@ -208,11 +241,8 @@ def reference(whole: MoEDecoder, batches: list[Batch]) -> Reference:
 
 def disagreement(system: System, expected: Reference | None, batch: Batch) -> float:
     """The largest difference from the reference, relative to the largest value; on every rank."""
-    loss = mean_over_ranks(system.backward(batch))
-    gradients = system.full_gradients()
-    system.optimizer.step()
-    system.optimizer.zero_grad()
-    next_loss = mean_over_ranks(system.backward(batch))
+    first, gradients = system.first_step(batch)
+    loss, next_loss = mean_over_ranks(first), mean_over_ranks(system.step(batch))
     worst = torch.zeros(())
     if expected is not None:
         if gradients.keys() != expected.gradients.keys():
@@ -371,6 +401,8 @@ class Bench:
         self.say(name)
         if name == "by-hand":
             return self.checked(name, HandWritten(self.options.config, self.whole))
+        if name in TRAIN_STEPS:
+            return self.checked(name, TrainStep(self.whole, TRAIN_STEPS[name]))
         return self.checked(name, Moptrace(self.whole))
 
     def measure(self, no_compile: str | None) -> Outcome:
@@ -459,7 +491,7 @@ def tables(outcome: Outcome) -> tuple[Table, ...]:
         times.add_column(column, justify="right")
     for name, seconds in outcome.seconds.items():
         walls = [s.wall for s in seconds]
-        errors = [e for key, e in outcome.disagreements.items() if key.startswith(name)]
+        errors = [e for key, e in outcome.disagreements.items() if key.split(",")[0] == name]
         shown = (outcome.median(name), min(walls), max(walls), outcome.processor(name))
         times.add_row(
             name,

@@ -320,7 +320,15 @@ class ExpertOperator(Operator):
         return self.expertwise(arguments) if is_many else self.whole(*arguments)
 
     def shapes(self, *operands: Tensor) -> tuple[Tensor, ...]:
-        return self.whole(*operands)
+        counts, rows = operands[0], operands[self.example]
+        inputs = self.graph.find_nodes(op="placeholder")
+        own = [inputs[i].meta["val"].shape[0] for i in (0, self.example)]
+        size = {str(own[0]): counts.shape[0], str(own[1]): rows.shape[0]}  # of the graph's symbols
+        values = [x.meta["val"] for x in _outputs(self.graph)]
+        return tuple(
+            rows.new_empty_strided([size.get(str(n), n) for n in x.shape], x.stride(), dtype=x.dtype)
+            for x in values
+        )
 
     @cached_property
     def whole(self) -> Callable[..., tuple[Tensor, ...]]:
