@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --systems fsdp2 by-hand --tokens 512 --no-gate
 
 Four gloo ranks train the model of ``models.py`` from the same weights on the same tokens. moptrace
-does it in three ways: through autograd, and with ``train_step`` as one graph, as it is and compiled.
+does it in three ways: through autograd, and by ``train_step`` as one graph, as it is and compiled.
 Every system must first give the single-process model's loss, its gradients and its loss after one
 optimizer step to 1e-4; then the systems take turns, so that whatever else the machine does meets
 all of them. FSDP2 is tuned in the same run and its best setting is compared. The exit status is 1

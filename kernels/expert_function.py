@@ -289,10 +289,8 @@ def _outputs(graph: fx.Graph) -> tuple[Any, ...]:
 class ExpertOperator(Operator):
     """A graph over the rows of all experts as one operator: ``f(counts, *tensors)``, a tuple.
 
-    ``tensors`` are the graph's other placeholders, as ``operands`` say. With ``rounds``, an expert's
-    rows are padded to a round number where oneDNN multiplies them.
-
-    Not differentiable.
+    ``tensors`` are the graph's other placeholders, as ``operands`` say. With ``rounds``, an
+    expert's rows are padded to a round number where oneDNN multiplies them. Not differentiable.
     """
 
     def __init__(
@@ -323,12 +321,12 @@ class ExpertOperator(Operator):
         counts, rows = operands[0], operands[self.example]
         inputs = self.graph.find_nodes(op="placeholder")
         own = [inputs[i].meta["val"].shape[0] for i in (0, self.example)]
-        size = {str(own[0]): counts.shape[0], str(own[1]): rows.shape[0]}  # of the graph's symbols
-        values = [x.meta["val"] for x in _outputs(self.graph)]
-        return tuple(
-            rows.new_empty_strided([size.get(str(n), n) for n in x.shape], x.stride(), dtype=x.dtype)
-            for x in values
-        )
+        size: dict[str, Any] = {str(own[0]): counts.shape[0], str(own[1]): rows.shape[0]}
+        found: list[Tensor] = []
+        for x in (node.meta["val"] for node in _outputs(self.graph)):
+            shape = [size.get(str(n), n) for n in x.shape]
+            found.append(rows.new_empty_strided(shape, x.stride(), dtype=x.dtype))
+        return tuple(found)
 
     @cached_property
     def whole(self) -> Callable[..., tuple[Tensor, ...]]:

@@ -76,8 +76,9 @@ def _operations(node: fx.Node, symbols: Mapping[Any, int]) -> float:
     values = pytree.tree_leaves([roles.value(x) for x in node.all_input_nodes])
     shapes = [shape_of(x, symbols) for x in values if isinstance(x, Tensor)]
     if isinstance(node.target, ExpertOperator):
-        rows = roles.tensor(node.args[node.target.example])
-        return 2.0 * shape_of(rows, symbols)[0] * sum(a * b for a, b in node.target.products)
+        example: Any = node.args[node.target.example]
+        rows = shape_of(roles.tensor(example), symbols)[0]
+        return 2.0 * rows * sum(a * b for a, b in node.target.products)
     count = _count(node.target)
     return count(shapes) if count is not None else 0.0
 

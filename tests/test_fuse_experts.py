@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
 
 import models
-from moptrace import Plan, Program, trace
+from moptrace import Plan, Program, roles, trace
 from moptrace.core import Level
-from moptrace.kernels.expert_function import ExpertFunction
+from moptrace.costs import products
+from moptrace.kernels.expert_function import ExpertFunction, ExpertOperator
+from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.default import canonical, sharded
+from moptrace.passes.differentiate import differentiate
 from moptrace.passes.fuse_experts import fuse_experts
+from moptrace.roles import Component
 from moptrace.testing import assert_same_function
 from sweeps import sweep
 
@@ -20,6 +26,7 @@ STYLES = ("LoopOneHot", "SortSlices", "GatherBmm", "DenseWeightFirst")
 EXPERTS = ("LoopWhere, group-limited sigmoid", "LoopMask, top-k then softmax", "gpt_oss, eager")
 
 
+@cache
 def local(name: str, world_size: int, plan: Plan) -> Program:
     model = models.build(name)
     return sharded(plan, world_size)(canonical()(trace(model, models.batch(size=12))))
@@ -94,3 +101,59 @@ def test_a_model_without_experts_stays_as_it_is() -> None:
     )
     assert program.level is Level.LOCAL
     assert program.made_by is not None and program.made_by.name != "fuse_experts"
+
+
+# --- in a step ------------------------------------------------------------------------------------
+
+
+def experts(program: Program, backward: bool) -> list[tuple[ExpertOperator, int]]:
+    """The expert operators of a step's forward or backward, and the number of their results."""
+    return [
+        (node.target, len(roles.value(node)))
+        for node in program.nodes
+        if isinstance(node.target, ExpertOperator) and roles.role(node).backward == backward
+    ]
+
+
+@cache
+def step() -> Program:
+    return differentiate()(local("SortSlices", 2, Plan(ep=2)))
+
+
+def test_forward_and_backward_are_one_node_each_and_shared_by_like_layers() -> None:
+    for backward in (False, True):
+        found = experts(step(), backward)
+        assert len(found) == 2 and len(set(found)) == 1
+    assert not step().graph.find_nodes(op="call_function", target=PRODUCT)
+    text = str(step())
+    assert text.count("expert_function_0_forward, for each expert") == 1
+    assert text.count("expert_function_0_backward, for each expert") == 1
+
+
+def test_elsewhere_than_on_a_cpu_the_operators_are_nodes_of_their_own() -> None:
+    """So that gradients of weights are computed while rows travel."""
+    apart = differentiate(device="meta")(local("SortSlices", 2, Plan(ep=2)))
+    assert not experts(apart, False) and not experts(apart, True)
+    one, many = (
+        sum(products(n) for n in program.nodes if roles.component(n) is Component.EXPERTS)
+        for program in (step(), apart)
+    )
+    assert one == many > 0
+
+
+def test_a_step_computes_no_gradients_of_frozen_weights() -> None:
+    program = local("SortSlices", 2, Plan(ep=2))
+    trained = [p.fqn for p in program.signature.parameters if "feed_forward.w" not in p.fqn]
+    (whole, every), (part, some) = (
+        experts(x, True)[0] for x in (step(), differentiate(trained)(program))
+    )
+    assert some == every - 3
+    assert len(part.products) == len(whole.products) - 3
+
+
+def test_a_forward_that_runs_again_gives_what_backward_needs_alone() -> None:
+    (forward, given), again = experts(step(), False)[0], checkpoint()(step())
+    assert experts(again, False)[0][1] == 1, "nothing is kept"
+    second, kept = experts(again, True)[0]
+    assert kept == given - 1, "what was kept, and no result"
+    assert len(second.products) == len(forward.products) - 1
