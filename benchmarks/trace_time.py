@@ -7,9 +7,9 @@ All layers of the Hugging Face models, parameters on the meta device, bfloat16, 
 rank. "pipeline" goes down to the program that a rank runs forward, and "step" on to the graph that
 ``train_step`` runs: backward, clipping, AdamW, and a schedule. Next to them, "capture" is the least
 that any tracer does: one ``make_fx`` of the same forward on fake tensors, with nothing kept and
-nothing rewritten. Each figure comes from a fresh process, and leaves out importing libraries and
-building the model. The exit status is 1 when something takes more than its limits; ``--no-gate``
-only reports.
+nothing rewritten. Each figure comes from a fresh process of one thread, in seconds of processor
+time, which others on the machine hardly change, and leaves out importing libraries and building the
+model. The exit status is 1 when something takes more than its limits; ``--no-gate`` only reports.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ WHAT: dict[str, Callable[[nn.Module, dict[str, Tensor], int], Parts[Any]]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a measurement: its seconds, and how many nodes the graph has after it."""
+    """One part of a measurement: its processor time, and the nodes of the graph after it."""
 
     name: str
     seconds: float
@@ -237,9 +237,9 @@ def measure_here(name: str, what: str, ranks: int) -> Measurement:
     tokens = torch.zeros(ranks, LENGTH, dtype=torch.int64)
     batch = {"input_ids": tokens, "labels": tokens}
     parts: list[Part] = []
-    start = time.perf_counter()
+    start = time.process_time()
     for part, nodes in WHAT[what](model, batch, ranks):
-        now = time.perf_counter()
+        now = time.process_time()
         parts.append(Part(part, now - start, nodes))
         start = now
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -267,7 +267,7 @@ def measure(name: str, what: str, ranks: int) -> Measurement:
 
 def table(measurements: list[Measurement], ranks: int) -> Table:
     result = Table(title=f"{ranks} ranks, {LENGTH:,} tokens per rank")
-    for column in ("model", "parameters", "part", "seconds", "nodes", "peak GB"):
+    for column in ("model", "parameters", "part", "CPU seconds", "nodes", "peak GB"):
         result.add_column(column, justify="left" if column in ("model", "part") else "right")
     for m in measurements:
         if m.error is not None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES
@@ -40,7 +40,9 @@ def clip_gradients(max_norm: float) -> Pass:
         places = [i for i, output in enumerate(outputs) if output.gradient is not None]
         if not places:
             raise PassError(f"clip_gradients({max_norm}) found no gradients to clip")
-        held = [_axes(program, str(outputs[i].gradient)) for i in places]
+        inputs = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+        names = [program.signature.parameter(str(outputs[i].gradient)).name for i in places]
+        held = [_axes(inputs[name]) for name in names]
 
         def clip(tape: Tape, **gradients: Tensor) -> list[Tensor]:
             tape.work_on(Role(Component.CLIPPING))
@@ -69,11 +71,9 @@ def clip_gradients(max_norm: float) -> Pass:
     return Pass("clip_gradients", rewrite, options, (Level.STEP,), needs=("differentiate",))
 
 
-def _axes(program: Program, fqn: str) -> tuple[str, ...]:
+def _axes(parameter: fx.Node) -> tuple[str, ...]:
     """The axes over which the ranks hold different elements of a parameter."""
-    name = program.signature.parameter(fqn).name
-    node = next(x for x in program.graph.find_nodes(op="placeholder") if x.name == name)
-    placement = roles.placement(node)
+    placement = roles.placement(parameter)
     assert placement is not None
     pairs = zip(placement.view.axes, placement.kinds, strict=True)
     return tuple(a.name for a, kind in pairs if isinstance(kind, Shard) and a.size > 1)
