@@ -175,7 +175,8 @@ def expert_function(
         ExpertOperator(f"{name}_backward", backward, constants, [*operands, *between], rounds),
         derived,
     )
-    _ = found.forward.expertwise, found.backward.expertwise
+    for part in (found.forward, found.backward):
+        _ = part.expertwise  # a ValueError now, not when it runs
     return found
 
 
@@ -318,6 +319,7 @@ class ExpertOperator(Operator):
         return self.expertwise(arguments) if is_many else self.whole(*arguments)
 
     def shapes(self, *operands: Tensor) -> tuple[Tensor, ...]:
+        # The graph's own shapes have two symbols: for the numbers of experts and of rows.
         counts, rows = operands[0], operands[self.example]
         inputs = self.graph.find_nodes(op="placeholder")
         own = [inputs[i].meta["val"].shape[0] for i in (0, self.example)]
