@@ -1,0 +1,232 @@
+"""Which ranks compute which experts' rows, when some experts have too many: operators on counts.
+
+Each of P ranks along an axis owns some experts, and has ``places`` for as many: its own first, in
+order, then guests, whose owners send their weights. Place v is one of rank v // places. Every rank
+plans alike, from the same table of counts; nothing here moves.
+
+``least_loaded`` decides on Python integers, one for each expert and rank. What has an entry for
+each row is done by operators on tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+__all__ = ["count_pairs", "least_loaded", "plan_balance", "spread_pairs"]
+
+_LIBRARY = torch.library.Library("moptrace", "FRAGMENT")
+_LIBRARY.define("count_pairs(Tensor experts, SymInt num_experts) -> Tensor")
+_LIBRARY.define(
+    "plan_balance(Tensor table, int[] sizes, int places, float threshold, float cap, int rows) "
+    "-> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "spread_pairs(Tensor experts, Tensor shares, Tensor hosts, SymInt num_experts) -> Tensor"
+)
+
+# Of so many consecutive integers, one has no divisor in common with a number below 6e9: that has at
+# most nine prime divisors, for which Jacobsthal's function is 40.
+_GAP = 40
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def least_loaded(
+    counts: Sequence[int],
+    sizes: Sequence[int],
+    places: int,
+    threshold: float = 1.3,
+    cap: float = 1.0,
+    rows: int = 1024,
+) -> list[dict[int, int]]:
+    """How many rows of which experts each rank computes.
+
+    ``counts[e]`` are the rows of expert e; rank r owns the next ``sizes[r]`` experts. While the
+    fullest rank has over ``threshold`` times the mean, rows of its largest expert go to the rank
+    that has least, until one of the two is at ``cap`` times the mean, rounded up, or the expert has
+    no rows left there. Less than ``rows`` rows are not moved, since they would not pay for the
+    expert's weights, nor to a rank with as many guests as it has places for. A guest's rows do not
+    move on, so no rank gets over the cap by its guests.
+
+    Returns, for each rank, the rows of each expert that has a place there: all of its own and its
+    guests. Source: Least-Loaded Expert Parallelism (arXiv 2601.17111), algorithm 1.
+
+    >>> least_loaded([90, 2, 4, 4], sizes=[2, 2], places=3, rows=1)
+    [{0: 48, 1: 2}, {2: 4, 3: 4, 0: 42}]
+    """
+    held: list[dict[int, int]] = []
+    first = 0
+    for size in sizes:
+        held.append({e: counts[e] for e in range(first, first + size)})
+        first += size
+    loads = [sum(own.values()) for own in held]
+    total, ranks = sum(loads), len(sizes)
+    if max(loads) * ranks <= Fraction(str(threshold)) * total:
+        return held
+    limit = math.ceil(Fraction(str(cap)) * total / ranks)
+    own = [list(experts) for experts in held]
+    while True:
+        free = [r for r in range(ranks) if len(held[r]) < places]
+        to = min(free, key=loads.__getitem__, default=None)
+        for giver in sorted(range(ranks), key=loads.__getitem__, reverse=True):
+            if to is None or loads[giver] <= limit:
+                return held
+            expert = max(own[giver], key=held[giver].__getitem__)
+            moved = min(loads[giver] - limit, limit - loads[to], held[giver][expert])
+            if moved >= max(rows, 1):
+                break
+        else:
+            return held
+        held[giver][expert] -= moved
+        held[to][expert] = moved
+        loads[giver] -= moved
+        loads[to] += moved
+
+
+def count_pairs(experts: Tensor, num_experts: int) -> Tensor:
+    """How many pairs of a token and its choice each expert has.
+
+    experts int64 [N, k] -> int64 [E]. The number E, of pairs without a row, is not counted.
+    """
+    return torch.ops.moptrace.count_pairs.default(experts, num_experts)
+
+
+def plan_balance(
+    table: Tensor, sizes: Sequence[int], places: int, threshold: float, cap: float, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Who computes the rows of every rank, by ``least_loaded``, and what each place is for.
+
+    table int64 [*S, E] -> shares int64 [*S, P * places], hosts int64 [P * places].
+
+    ``table[s, e]`` rows of expert e come from rank s. Ensures: ``hosts[v]`` is the expert at place
+    v, -1 at an empty one; a rank's own experts come first, then guests, both in order.
+    ``shares[s, v]`` of the rows from rank s go to place v, so many that each source divides an
+    expert's rows among its places as all sources together do, up to a rounding.
+    """
+    return torch.ops.moptrace.plan_balance.default(table, sizes, places, threshold, cap, rows)
+
+
+def spread_pairs(experts: Tensor, shares: Tensor, hosts: Tensor, num_experts: int) -> Tensor:
+    """Send each pair to a place of the expert that it chose, instead of to the expert.
+
+    experts int64 [N, k], shares int64 [V], hosts int64 [V] -> int64 [N, k].
+
+    Requires: ``shares`` adds up, over the places of each expert, to its pairs. Ensures: place v has
+    ``shares[v]`` pairs, all of expert ``hosts[v]``. Those of one expert are spread evenly: about
+    the same share of any run of its pairs, and of any K-th ones, goes to a place, so chunks of
+    tokens are balanced as all together. The number E, of pairs without a row, becomes V.
+    """
+    return torch.ops.moptrace.spread_pairs.default(experts, shares, hosts, num_experts)
+
+
+@torch.library.impl(_LIBRARY, "count_pairs", "CompositeExplicitAutograd")
+def _(experts: Tensor, num_experts: int) -> Tensor:
+    return _counted(experts.flatten(), num_experts)
+
+
+@torch.library.register_fake("moptrace::count_pairs", lib=_LIBRARY)
+def _(experts: Tensor, num_experts: int) -> Tensor:
+    return experts.new_empty(num_experts)
+
+
+def _counted(pairs: Tensor, num_experts: int) -> Tensor:
+    counts = pairs.new_zeros(num_experts + 1)
+    return counts.scatter_add_(0, pairs, torch.ones_like(pairs))[:num_experts].clone()
+
+
+# plan_balance
+
+
+@torch.library.impl(_LIBRARY, "plan_balance", "CompositeExplicitAutograd")
+def _(
+    table: Tensor, sizes: Sequence[int], places: int, threshold: float, cap: float, rows: int
+) -> tuple[Tensor, Tensor]:
+    given: list[list[int]] = table.flatten(0, -2).tolist()
+    counts = [sum(column) for column in zip(*given, strict=True)]
+    held = least_loaded(counts, sizes, places, threshold, cap, rows)
+    hosts: list[int] = []
+    quotas: dict[int, list[tuple[int, int]]] = {e: [] for e in range(len(counts))}
+    for size, experts in zip(sizes, held, strict=True):
+        own, guests = list(experts)[:size], sorted(list(experts)[size:])
+        for expert in (*own, *guests):
+            quotas[expert].append((len(hosts), experts[expert]))
+            hosts.append(expert)
+        hosts += [-1] * (places - len(experts))
+    shares = [[0] * len(hosts) for _ in given]
+    for expert, parts in quotas.items():
+        left = [quota for _, quota in parts]
+        for source, own_shares in zip(given, shares, strict=True):
+            for (place, _), share in zip(parts, _divided(source[expert], left), strict=True):
+                own_shares[place] = share
+    shape = (*table.shape[:-1], len(hosts))
+    return table.new_tensor(shares).view(shape), table.new_tensor(hosts)
+
+
+def _divided(rows: int, left: list[int]) -> list[int]:
+    """Of what is ``left`` of each quota, ``rows`` in proportion; taken from it.
+
+    Roundings go to the largest remainders, so quotas end at zero with the last of the rows.
+    """
+    if len(left) == 1:
+        left[0] -= rows
+        return [rows]
+    total = max(sum(left), 1)
+    taken = [rows * quota // total for quota in left]
+    by_remainder = sorted(range(len(left)), key=lambda at: -(rows * left[at] % total))
+    for at in by_remainder[: rows - sum(taken)]:
+        taken[at] += 1
+    for at, share in enumerate(taken):
+        left[at] -= share
+    return taken
+
+
+@torch.library.register_fake("moptrace::plan_balance", lib=_LIBRARY)
+def _(
+    table: Tensor, sizes: Sequence[int], places: int, threshold: float, cap: float, rows: int
+) -> tuple[Tensor, Tensor]:
+    number = len(sizes) * places
+    return table.new_empty(*table.shape[:-1], number), table.new_empty(number)
+
+
+# spread_pairs
+
+
+@torch.library.impl(_LIBRARY, "spread_pairs", "CompositeExplicitAutograd")
+def _(experts: Tensor, shares: Tensor, hosts: Tensor, num_experts: int) -> Tensor:
+    pairs, number = experts.flatten(), hosts.shape[0]
+    place = torch.arange(number, device=hosts.device)
+    number_of = hosts.masked_fill(hosts < 0, num_experts)
+    by_expert = number_of.argsort(stable=True)  # empty places last
+    if bool((_counted(number_of, num_experts) == 1).all()):  # nobody has guests
+        home = by_expert[: num_experts + 1].clone()
+        home[num_experts] = number
+        return home.index_select(0, pairs).view(experts.shape)
+    # The places of an expert divide the queue of its pairs: each takes a run of it.
+    ends = shares.index_select(0, by_expert).cumsum(0)
+    counts = _counted(pairs, num_experts + 1)
+    start = counts.cumsum(0) - counts
+    order = pairs.argsort(stable=True)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.shape[0], device=order.device)
+    own_start = start.index_select(0, pairs)
+    queue = (position - own_start) * _strides(counts).index_select(0, pairs)
+    queue = own_start + queue % counts.index_select(0, pairs)
+    at = torch.searchsorted(ends, queue, right=True).clamp_(max=number - 1)
+    found = place.index_select(0, by_expert).index_select(0, at)
+    return found.masked_fill(pairs == num_experts, number).view(experts.shape)
+
+
+def _strides(counts: Tensor) -> Tensor:
+    """For each number a multiplier that permutes its residues, near the golden section of it."""
+    candidates = (counts * _GOLDEN).long()[:, None] + torch.arange(1, _GAP + 1).to(counts)
+    first = (torch.gcd(candidates, counts[:, None]) == 1).int().argmax(1, keepdim=True)
+    return candidates.gather(1, first).squeeze(1)
+
+
+@torch.library.register_fake("moptrace::spread_pairs", lib=_LIBRARY)
+def _(experts: Tensor, shares: Tensor, hosts: Tensor, num_experts: int) -> Tensor:
+    return experts.new_empty(experts.shape)
