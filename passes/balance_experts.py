@@ -16,7 +16,7 @@ from moptrace.balance import Balance
 from moptrace.core import Level, Pass, Program
 from moptrace.passes.drop_tokens import rows_of
 from moptrace.passes.fuse_experts import VIEWS
-from moptrace.placement import INVARIANT, PARTIAL, Kind, Layout, Placement, Rows, Shard
+from moptrace.placement import INVARIANT, PARTIAL, Kind, Layout, Placement, Rows, Shard, View
 from moptrace.rules import operands
 
 __all__ = ["balance_experts"]
@@ -47,12 +47,13 @@ def balance_experts(balance: Balance | None) -> Pass:
         plans: dict[Any, _Plan] = {}
         notes: list[str] = []
         for dispatch in graph.find_nodes(op="call_function", target=ops.dispatch.default):
-            if balance is None or (exchange := _exchange_of(dispatch)) is None:
+            exchanges = _exchanges_of(dispatch)
+            if balance is None or not exchanges:
                 continue
-            key = (dispatch.args[1], exchange.args[1])
-            if key not in plans:
-                plans[key] = _Plan(balance, program.layout, dispatch, exchange)
-            notes.append(_Layer(dispatch, exchange, plans[key]).rewrite())
+            chosen = dispatch.args[1]
+            if chosen not in plans:
+                plans[chosen] = _Plan(balance, program.layout, dispatch, exchanges[0])
+            notes.append(_Layer(dispatch, exchanges, plans[chosen]).rewrite())
         result = program.with_graph(graph) if notes else program
         for note in dict.fromkeys(notes):
             result = result.with_note(note)
@@ -61,10 +62,10 @@ def balance_experts(balance: Balance | None) -> Pass:
     return Pass("balance_experts", rewrite, (("balance", balance),), takes=(Level.LOCAL,))
 
 
-def _exchange_of(dispatch: fx.Node) -> fx.Node | None:
-    """The exchange of a dispatch's counts; None where its rows do not travel."""
+def _exchanges_of(dispatch: fx.Node) -> list[fx.Node]:
+    """The exchanges of a dispatch's counts, perhaps along several names of the same ranks."""
     users = (user for counts in _counts_of(dispatch) for user in counts.users)
-    return next((user for user in users if user.target is ops.exchange_counts.default), None)
+    return [user for user in users if user.target is ops.exchange_counts.default]
 
 
 def _counts_of(dispatch: fx.Node) -> list[fx.Node]:
@@ -87,10 +88,10 @@ class _Plan:
         assert counted is not None
         said = layout.said_along(counted, self.axis)
         assert said is not None
-        names = [axis.name for axis in said.view.axes if axis.size > 1]
-        at = names.index(self.axis)
-        self.groups, self.inner = names[:at], names[at + 1 :]
         self.view = said.view
+        at = self.view.index(self.axis)
+        self.past = list(self.view.spans())[at][1]
+        self.inner = [axis.name for axis in self.view.axes[at + 1 :] if axis.size > 1]
         self.write(dispatch)
 
     @property
@@ -136,10 +137,17 @@ class _Plan:
         spread = call(ops.spread_pairs.default, chosen, own, self.hosts, self.experts)
         self.choices = call.describe(spread, like, *roles.placements(chosen))
 
+    def groups(self, view: View) -> list[str]:
+        """The axes of a view along which ranks plan apart: those outside of the experts' ranks."""
+        pairs = zip(view.axes, view.spans(), strict=True)
+        return [axis.name for axis, (low, _) in pairs if low >= self.past and axis.size > 1]
+
     def _of_groups(self, kind: Kind, others: Kind = INVARIANT) -> Placement:
-        """How ranks hold what each group along the outer axes has of its own."""
-        kinds = (kind if axis.name in self.groups else others for axis in self.view.axes)
-        return Placement(self.view, tuple(kinds))
+        """How ranks hold what each group has of its own."""
+        held = Placement.uniform(self.view, others)
+        for axis in self.groups(self.view):
+            held = held.with_kind(axis, kind)
+        return held
 
 
 @dataclass(frozen=True)
@@ -169,8 +177,8 @@ class _Caller:
 class _Layer:
     """What follows from one dispatch, until its rows are combined."""
 
-    def __init__(self, dispatch: fx.Node, exchange: fx.Node, plan: _Plan):
-        self.dispatch, self.exchange, self.plan = dispatch, exchange, plan
+    def __init__(self, dispatch: fx.Node, exchanges: Sequence[fx.Node], plan: _Plan):
+        self.dispatch, self.exchanges, self.plan = dispatch, exchanges, plan
         self.hosted: dict[fx.Node, fx.Node] = {}
         self.bytes = 0
 
@@ -201,7 +209,7 @@ class _Layer:
         for node in users:
             if node.target in (*_MOVES, ops.exchange_counts.default):
                 self._lengthen(node)
-        left = [self.exchange]
+        left = [*self.exchanges]
         while left:
             node = left.pop()
             value = roles.tensor(node)
@@ -218,7 +226,7 @@ class _Layer:
         """The nodes with rows sorted by expert, in order."""
         found: dict[fx.Node, None] = {}
         for node in rows_of([self.dispatch]):
-            starts = node.target is ops.group_rows.default and node.args[1] is self.exchange
+            starts = node.target is ops.group_rows.default and node.args[1] in self.exchanges
             follows = any(x in found for x in node.all_input_nodes)
             if starts or (follows and node.target is not ops.ungroup_rows.default):
                 found[node] = None
@@ -236,10 +244,9 @@ class _Layer:
         """Groups have apart what they had together."""
         placements: list[Placement | None] = []
         for placement in roles.placements(node):
-            for axis in self.plan.groups if placement else ():
-                said = self.plan.layout.said_along(placement, axis)
-                if said is not None and said.kind(axis) == before:
-                    placement = said.with_kind(axis, after)
+            for axis in self.plan.groups(placement.view) if placement else ():
+                if placement and placement.kind(axis) == before:
+                    placement = placement.with_kind(axis, after)
             placements.append(placement)
         roles.set_role(node, placements=tuple(placements))
 
@@ -252,7 +259,7 @@ class _Layer:
         placement = roles.placement(x)
         said = plan.layout.said_along(placement, plan.axis) if placement else None
         assert said is not None
-        for axis in plan.groups:
+        for axis in plan.groups(said.view):
             said = said.with_kind(axis, Shard(0))
         if _keeps_experts(x):  # before it is viewed, it lies as it is sent
             source = self._host(x.all_input_nodes[0], user)
