@@ -145,25 +145,25 @@ def _counted(pairs: Tensor, num_experts: int) -> Tensor:
 def _(
     table: Tensor, sizes: Sequence[int], places: int, threshold: float, cap: float, rows: int
 ) -> tuple[Tensor, Tensor]:
-    given: list[list[int]] = table.flatten(0, -2).tolist()
-    counts = [sum(column) for column in zip(*given, strict=True)]
-    held = least_loaded(counts, sizes, places, threshold, cap, rows)
+    given = table.flatten(0, -2).cpu()
+    held = least_loaded(given.sum(0).tolist(), sizes, places, threshold, cap, rows)
     hosts: list[int] = []
-    quotas: dict[int, list[tuple[int, int]]] = {e: [] for e in range(len(counts))}
+    placed: list[list[tuple[int, int]]] = [[] for _ in range(given.shape[1])]
     for size, experts in zip(sizes, held, strict=True):
         own, guests = list(experts)[:size], sorted(list(experts)[size:])
         for expert in (*own, *guests):
-            quotas[expert].append((len(hosts), experts[expert]))
+            placed[expert].append((len(hosts), experts[expert]))
             hosts.append(expert)
         hosts += [-1] * (places - len(experts))
-    shares = [[0] * len(hosts) for _ in given]
-    for expert, parts in quotas.items():
-        left = [quota for _, quota in parts]
-        for source, own_shares in zip(given, shares, strict=True):
-            for (place, _), share in zip(parts, _divided(source[expert], left), strict=True):
-                own_shares[place] = share
+    shares = given.new_zeros(given.shape[0], len(hosts))
+    shares[:, [parts[0][0] for parts in placed]] = given
+    for expert, parts in enumerate(placed):
+        if len(parts) > 1:
+            left = [quota for _, quota in parts]
+            divided = [_divided(count, left) for count in given[:, expert].tolist()]
+            shares[:, [place for place, _ in parts]] = given.new_tensor(divided)
     shape = (*table.shape[:-1], len(hosts))
-    return table.new_tensor(shares).view(shape), table.new_tensor(hosts)
+    return shares.view(shape).to(table.device), table.new_tensor(hosts)
 
 
 def _divided(rows: int, left: list[int]) -> list[int]:
@@ -171,9 +171,6 @@ def _divided(rows: int, left: list[int]) -> list[int]:
 
     Roundings go to the largest remainders, so quotas end at zero with the last of the rows.
     """
-    if len(left) == 1:
-        left[0] -= rows
-        return [rows]
     total = max(sum(left), 1)
     taken = [rows * quota // total for quota in left]
     by_remainder = sorted(range(len(left)), key=lambda at: -(rows * left[at] % total))

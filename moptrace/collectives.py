@@ -59,7 +59,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -676,7 +676,8 @@ class _Lending:
 
     def lent(self, device: torch.device) -> Tensor:
         """The experts to send, rank by rank."""
-        return torch.tensor(sum(self.lent_to, []), dtype=torch.int64, device=device)
+        experts = list(chain.from_iterable(self.lent_to))
+        return torch.tensor(experts, dtype=torch.int64, device=device)
 
 
 def _guests(hosts: Tensor, sizes: Sequence[int], places: int) -> list[list[int]]:

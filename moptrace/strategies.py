@@ -486,8 +486,8 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
     vocabulary over all ranks or some, dense weights copied or not, experts alike or sharded over
     ``edp``, the loss from whole logits or from blocks of them, embeddings gathered or looked up
     where their rows are, tokens sent to their experts at once or in chunks, kept for backward or
-    not, gathered instead, dropped beyond a capacity, or lent with their experts. A plan that does not fit is changed where
-    it says so.
+    not, gathered instead, dropped beyond a capacity, or lent with their experts. A plan that does
+    not fit is changed where it says so.
     """
     st = _hypothesis()
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]

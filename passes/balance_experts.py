@@ -8,7 +8,7 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 import moptrace.kernels.balancing  # noqa: F401  registers the operators
 from moptrace import roles
@@ -198,9 +198,9 @@ class _Layer:
             self._at_places(node, inside)
         guests = plan.places - max(plan.sizes)
         return (
-            f"where a rank has over {plan.balance.threshold} times the mean of rows, others compute "
-            f"some of them: up to {guests} guests on each rank, {guests * self.bytes:,} bytes of "
-            f"weights in a layer"
+            f"where a rank has over {plan.balance.threshold} times the mean of rows, others "
+            f"compute some of them: up to {guests} guests on each rank, {guests * self.bytes:,} "
+            "bytes of weights in a layer"
         )
 
     def _count_places(self) -> None:

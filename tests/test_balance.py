@@ -404,7 +404,9 @@ def edited(program: Program, target: Any, edit: Callable[[Any], None]) -> Progra
 def without_plan(node: Any) -> None:
     """Rows are sorted by place, and said to be by token of a group's common experts."""
     placement = roles.placement(node)
-    roles.set_role(node, placements=(placement.with_kind("edp", roles.placement(node.args[0]).kind("edp")),))
+    roles.set_role(
+        node, placements=(placement.with_kind("edp", roles.placement(node.args[0]).kind("edp")),)
+    )
 
 
 def with_owners_weights(node: Any) -> None:

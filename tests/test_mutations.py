@@ -246,7 +246,8 @@ REACHED = {
     "all_gather", "all_gather_invariant", "all_reduce", "all_reduce_invariant", "vary",
     "take_shard", "all_to_all", "ring_attention", "ring_embedding_rows", "ring_vocab_projection",
     "all_gather_rows", "reduce_scatter_rows", "send_experts", "sum of exchanged counts",
-    "exchange_counts", "send_rows", "return_rows", "group_rows", "ungroup_rows", "spread_pairs", "pack", "unpack",
+    "exchange_counts", "send_rows", "return_rows", "group_rows", "ungroup_rows", "spread_pairs",
+    "pack", "unpack",
     "division of an average", "count of labels",
 }  # fmt: skip
 
