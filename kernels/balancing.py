@@ -11,8 +11,9 @@ each row is done by operators on tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,15 +46,19 @@ def least_loaded(
 ) -> list[dict[int, int]]:
     """How many rows of which experts each rank computes.
 
-    ``counts[e]`` are the rows of expert e; rank r owns the next ``sizes[r]`` experts. While the
-    fullest rank has over ``threshold`` times the mean, rows of its largest expert go to the rank
-    that has least, until one of the two is at ``cap`` times the mean, rounded up, or the expert has
-    no rows left there. Less than ``rows`` rows are not moved, since they would not pay for the
-    expert's weights, nor to a rank with as many guests as it has places for. A guest's rows do not
-    move on, so no rank gets over the cap by its guests.
+    ``counts[e]`` are the rows of expert e; rank r owns the next ``sizes[r]`` experts. If the
+    fullest rank has over ``threshold`` times the mean, rows go to the rank that has least from
+    those that have over ``cap`` times the mean, rounded up, until no more fit below that. Less than
+    ``rows`` rows of an expert are not moved, since they would not pay for its weights. A guest's
+    rows do not move on, so no rank gets over the cap by its guests.
+
+    The giver's largest expert moves first, which takes fewest guests. A rank has ``places`` for
+    experts, so if some rank is left over the cap, small ones are tried first, as long as the
+    largest can fill up after them; whichever way leaves the fullest rank with less counts.
 
     Returns, for each rank, the rows of each expert that has a place there: all of its own and its
-    guests. Source: Least-Loaded Expert Parallelism (arXiv 2601.17111), algorithm 1.
+    guests. Source: Least-Loaded Expert Parallelism (arXiv 2601.17111), algorithm 1, where a rank
+    may have any number of guests.
 
     >>> least_loaded([90, 2, 4, 4], sizes=[2, 2], places=3, rows=1)
     [{0: 48, 1: 2}, {2: 4, 3: 4, 0: 42}]
@@ -63,28 +68,70 @@ def least_loaded(
     for size in sizes:
         held.append({e: counts[e] for e in range(first, first + size)})
         first += size
-    loads = [sum(own.values()) for own in held]
-    total, ranks = sum(loads), len(sizes)
-    if max(loads) * ranks <= Fraction(str(threshold)) * total:
+    total, ranks = sum(counts), len(sizes)
+    if _fullest(held) * ranks <= Fraction(str(threshold)) * total:
         return held
     limit = math.ceil(Fraction(str(cap)) * total / ranks)
-    own = [list(experts) for experts in held]
-    while True:
-        free = [r for r in range(ranks) if len(held[r]) < places]
-        to = min(free, key=loads.__getitem__, default=None)
-        for giver in sorted(range(ranks), key=loads.__getitem__, reverse=True):
-            if to is None or loads[giver] <= limit:
-                return held
-            expert = max(own[giver], key=held[giver].__getitem__)
-            moved = min(loads[giver] - limit, limit - loads[to], held[giver][expert])
-            if moved >= max(rows, 1):
+    found = _lent(held, limit, places, max(rows, 1), _largest)
+    if _fullest(found) > limit:
+        found = min(found, _lent(held, limit, places, max(rows, 1), _smallest), key=_fullest)
+    return found
+
+
+_Held: TypeAlias = list[dict[int, int]]  # the rows of each expert at each rank
+
+
+def _fullest(held: _Held) -> int:
+    return max(sum(own.values()) for own in held)
+
+
+def _lent(
+    held: _Held,
+    limit: int,
+    places: int,
+    rows: int,
+    choose: Callable[[Mapping[int, int], int, int], int],
+) -> _Held:
+    """Move rows until no rank is over the limit, or nothing fits any more."""
+    owned = [list(experts) for experts in held]
+    held = [dict(own) for own in held]
+    loads = [sum(own.values()) for own in held]
+    givers = [rank for rank in range(len(held)) if loads[rank] > limit]
+    open_ = [rank for rank in range(len(held)) if len(held[rank]) < places]
+    while open_:
+        to = min(open_, key=loads.__getitem__)
+        for giver in sorted(givers, key=loads.__getitem__, reverse=True):
+            own = {e: n for e in owned[giver] if (n := held[giver][e]) >= rows}
+            wanted = min(limit - loads[to], loads[giver] - limit)
+            if own and wanted >= rows:
                 break
         else:
-            return held
+            open_.remove(to)
+            continue
+        expert = choose(own, wanted, places - len(held[to]))
+        moved = min(own[expert], wanted)
         held[giver][expert] -= moved
         held[to][expert] = moved
         loads[giver] -= moved
         loads[to] += moved
+        if len(held[to]) == places:
+            open_.remove(to)
+    return held
+
+
+def _largest(rows: Mapping[int, int], wanted: int, places: int) -> int:
+    return max(rows, key=rows.__getitem__)
+
+
+def _smallest(rows: Mapping[int, int], wanted: int, places: int) -> int:
+    """The smallest expert that gives so many rows in so many places, with those that have most."""
+    order = sorted(rows, key=rows.__getitem__)
+    small, large = (
+        order[: max(len(order) - places + 1, 1)],
+        order[max(len(order) - places + 1, 1) :],
+    )
+    others = sum(rows[e] for e in large)
+    return next((e for e in small if rows[e] + others >= wanted), order[-1])
 
 
 def count_pairs(experts: Tensor, num_experts: int) -> Tensor:

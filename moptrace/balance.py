@@ -24,8 +24,8 @@ class Balance:
     room for them below that elsewhere.
     ``rows``: the fewest rows for which an expert's weights are sent.
     ``guests``: the most experts of others that a rank computes, which bounds its weights; by
-    default one more than its own divided by ``ep``: enough to empty a rank to which all rows go,
-    whatever share of them each of its experts has.
+    default its own divided by ``ep``, and one more: its share of the experts of a rank to which all
+    rows go, and a large one to fill up with.
 
     Source: Least-Loaded Expert Parallelism (arXiv 2601.17111), whose lambda, alpha and m these are.
 

@@ -37,7 +37,8 @@ def balance_experts(balance: Balance | None) -> Pass:
 
     Groups of ``ep`` plan apart; ranks of ``etp``, which compute the same rows, together.
 
-    Requires: a local program. Ensures: the same function. Rows that do not travel stay so.
+    Requires: a local program. Ensures: the same function. Where rows do not travel, every rank has
+    all experts, and a note says so.
     Source: Least-Loaded Expert Parallelism (arXiv 2601.17111).
     """
 
@@ -47,14 +48,16 @@ def balance_experts(balance: Balance | None) -> Pass:
         plans: dict[Any, _Plan] = {}
         notes: list[str] = []
         for dispatch in graph.find_nodes(op="call_function", target=ops.dispatch.default):
-            exchanges = _exchanges_of(dispatch)
-            if balance is None or not exchanges:
+            if balance is None:
+                continue
+            if not (exchanges := _exchanges_of(dispatch)):
+                notes.append("every rank has all experts, so there is no load to balance")
                 continue
             chosen = dispatch.args[1]
             if chosen not in plans:
                 plans[chosen] = _Plan(balance, program.layout, dispatch, exchanges[0])
             notes.append(_Layer(dispatch, exchanges, plans[chosen]).rewrite())
-        result = program.with_graph(graph) if notes else program
+        result = program.with_graph(graph) if plans else program
         for note in dict.fromkeys(notes):
             result = result.with_note(note)
         return result

@@ -370,6 +370,10 @@ def test_explain_says_what_may_move() -> None:
     assert "experts split over" in told.row(roles.Component.EXPERTS).parallelism
 
 
+def test_a_note_says_that_there_is_nothing_to_balance() -> None:
+    assert "every rank has all experts" in explain(local(SPEC, 4, balanced(ep=1))).notes[-1]
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
