@@ -14,11 +14,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import moptrace.simulate
 from double import InFloat64
 from gloo import Ranks
-from moptrace import Balance, Dropping, Plan, Program, errors, roles, trace
+from moptrace import Balance, Dropping, Plan, Program, errors, parallelize, roles, trace, train_step
 from moptrace.check import check
 from moptrace.collectives import Communicator
 from moptrace.core import chain
@@ -327,6 +328,25 @@ def test_steps_train_as_the_model_alone(name: str) -> None:
         assert_close(loss, want)
         assert_close(norm, want_norm)
     assert_same_weights(simulated.weights(), whole_state(eager.model))
+
+
+def on_rank_trains(compiled: bool = False) -> None:
+    spec = replace(SMALL, layers=("moe",))
+    fed = [{k: v.where(v >= 0, 0) for k, v in some_batch(i).items()} for i in range(2)]
+    mesh = init_device_mesh("cpu", (4,))
+    example = {k: v[:2] for k, v in fed[0].items()}
+    model = parallelize(spec.build(), mesh, balanced(ep=4, expert_tokens=10), batch=example)
+    step = train_step(model, ADAMW(model.parameters()), max_norm=0.5, compile=compiled)
+    eager = Eager(spec.build(), all_of(ADAMW), 0.5)
+    for each in fed:
+        want, norm = eager.step(each)
+        assert_close(step(**model.local_batch(each)), want)
+        assert_close(step.grad_norm, norm)
+    assert_same_weights(model.full_state_dict(), whole_state(eager.model))
+
+
+def test_real_ranks_train(ranks: Callable[[int], Ranks]) -> None:
+    ranks(4)(on_rank_trains)
 
 
 # --- what it costs --------------------------------------------------------------------------------
