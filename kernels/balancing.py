@@ -30,8 +30,8 @@ _LIBRARY.define(
     "spread_pairs(Tensor experts, Tensor shares, Tensor hosts, SymInt num_experts) -> Tensor"
 )
 
-# Of so many consecutive integers, one has no divisor in common with a number below 6e9: that has at
-# most nine prime divisors, for which Jacobsthal's function is 40.
+# Of so many consecutive integers, one has no divisor in common with a number below 3e9, the square
+# of which is still an int64: such a number has at most nine prime divisors (Jacobsthal's function).
 _GAP = 40
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -126,12 +126,9 @@ def _largest(rows: Mapping[int, int], wanted: int, places: int) -> int:
 def _smallest(rows: Mapping[int, int], wanted: int, places: int) -> int:
     """The smallest expert that gives so many rows in so many places, with those that have most."""
     order = sorted(rows, key=rows.__getitem__)
-    small, large = (
-        order[: max(len(order) - places + 1, 1)],
-        order[max(len(order) - places + 1, 1) :],
-    )
-    others = sum(rows[e] for e in large)
-    return next((e for e in small if rows[e] + others >= wanted), order[-1])
+    large = max(len(order) - places + 1, 1)
+    others = sum(rows[e] for e in order[large:])
+    return next((e for e in order[:large] if rows[e] + others >= wanted), order[-1])
 
 
 def count_pairs(experts: Tensor, num_experts: int) -> Tensor:
@@ -242,10 +239,9 @@ def _(
 @torch.library.impl(_LIBRARY, "spread_pairs", "CompositeExplicitAutograd")
 def _(experts: Tensor, shares: Tensor, hosts: Tensor, num_experts: int) -> Tensor:
     pairs, number = experts.flatten(), hosts.shape[0]
-    place = torch.arange(number, device=hosts.device)
-    number_of = hosts.masked_fill(hosts < 0, num_experts)
-    by_expert = number_of.argsort(stable=True)  # empty places last
-    if bool((_counted(number_of, num_experts) == 1).all()):  # nobody has guests
+    expert_of = hosts.masked_fill(hosts < 0, num_experts)
+    by_expert = expert_of.argsort(stable=True)  # empty places last
+    if bool((_counted(expert_of, num_experts) == 1).all()):  # nobody has guests
         home = by_expert[: num_experts + 1].clone()
         home[num_experts] = number
         return home.index_select(0, pairs).view(experts.shape)
@@ -260,8 +256,8 @@ def _(experts: Tensor, shares: Tensor, hosts: Tensor, num_experts: int) -> Tenso
     queue = (position - own_start) * _strides(counts).index_select(0, pairs)
     queue = own_start + queue % counts.index_select(0, pairs)
     at = torch.searchsorted(ends, queue, right=True).clamp_(max=number - 1)
-    found = place.index_select(0, by_expert).index_select(0, at)
-    return found.masked_fill(pairs == num_experts, number).view(experts.shape)
+    place = by_expert.index_select(0, at).masked_fill(pairs == num_experts, number)
+    return place.view(experts.shape)
 
 
 def _strides(counts: Tensor) -> Tensor:

@@ -301,7 +301,11 @@ class _Placements:
         assert isinstance(hosts, fx.Node)
         if not isinstance(self._kind(hosts, axis), Invariant):
             yield node, f"the ranks along {axis} must have one plan, not {self._kind(hosts, axis)}"
-        plans, before, after = (self._said(end, axis) for end in (hosts, x, node))
+        before = self._said(x, axis)
+        plans, after = (self._said(end, axis).expressed_in(before.view) for end in (hosts, node))
+        if plans is None or after is None:
+            yield node, f"{before.view} cannot say who has which experts"
+            return
         for entry in before.view.axes:
             if entry.size == 1:
                 continue
