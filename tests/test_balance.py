@@ -221,7 +221,7 @@ PLANS = (
     (8, balanced(ep=2, cp=2, tp=2, recompute_experts=True)),
     (4, balanced(ep=4, expert_tokens=7)),
     (4, balanced(ep=2, expert_tokens=7, expert_chunks="contiguous", recompute_experts=False)),
-    (6, balanced(ep=3, etp=2, balance=replace(EAGERLY, guests=1))),
+    (4, balanced(ep=4, balance=replace(EAGERLY, guests=1))),
     (8, balanced(ep=8)),  # three ranks have no expert
 )
 QUICK = PLANS[1:3] + PLANS[5:10] + PLANS[11:]
