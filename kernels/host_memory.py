@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["offload", "prefetch", "wait_prefetch"]
+__all__ = ["finish_copies", "offload", "offload_into", "prefetch", "wait_prefetch"]
 
 _LIBRARY = torch.library.Library("moptrace", "FRAGMENT")
 _LIBRARY.define("offload(Tensor x) -> Tensor")
+_LIBRARY.define("offload_into(Tensor(a!) host, Tensor x) -> ()")
 _LIBRARY.define("prefetch(Tensor x, *, Device device) -> Tensor")
 _LIBRARY.define("wait_prefetch(Tensor(a) x) -> Tensor(a)")
 
@@ -25,6 +26,15 @@ def offload(x: Tensor) -> Tensor:
     Nothing but ``prefetch`` may read the copy.
     """
     return torch.ops.moptrace.offload.default(x)
+
+
+def offload_into(host: Tensor, x: Tensor) -> None:
+    """Start to copy a tensor into memory of the host that is there already.
+
+    Requires: ``host`` is pinned, if ``x`` is on a GPU. Ensures: as ``offload``; a ``prefetch`` of
+    ``host`` that comes later brings the new values.
+    """
+    torch.ops.moptrace.offload_into.default(host, x)
 
 
 def prefetch(x: Tensor, device: torch.device) -> Tensor:
@@ -40,17 +50,32 @@ def wait_prefetch(x: Tensor) -> Tensor:
     return torch.ops.moptrace.wait_prefetch.default(x)
 
 
-# One stream for each device takes both directions: a copy back starts after the copy out is done.
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-_copied: dict[int, torch.cuda.Event] = {}  # by address, from prefetch to wait_prefetch
+def finish_copies() -> None:
+    """Wait until the copies that were started are done, so that the host may read them."""
+    for stream in _streams.values():
+        stream.synchronize()
 
 
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The device's stream for copies, after everything that is computed so far."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    _streams[device].wait_stream(torch.cuda.current_stream(device))
-    return _streams[device]
+# The copies of a device to the host and back run beside each other, so each way has a stream.
+_streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
+# By address: copies on the host that are not complete yet, and those on the device.
+_away: dict[int, torch.cuda.Event] = {}
+_back: dict[int, torch.cuda.Event] = {}
+
+
+def _copy(to: Tensor, x: Tensor, device: torch.device, way: str) -> torch.cuda.Event:
+    """Copy on the stream of this way, after everything that is computed so far."""
+    if (device, way) not in _streams:
+        _streams[device, way] = torch.cuda.Stream(device)
+    stream = _streams[device, way]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    if x.data_ptr() in _away:
+        stream.wait_event(_away.pop(x.data_ptr()))
+    with torch.cuda.stream(stream):
+        to.copy_(x, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
 
 
 @torch.library.impl(_LIBRARY, "offload", "CompositeExplicitAutograd")
@@ -58,11 +83,17 @@ def _(x: Tensor) -> Tensor:
     if x.device.type != "cuda":
         return x.clone()
     host = torch.empty_like(x, device="cpu", pin_memory=True)
-    stream = _side_stream(x.device)
-    with torch.cuda.stream(stream):
-        host.copy_(x, non_blocking=True)
-    x.record_stream(stream)
+    offload_into(host, x)
     return host
+
+
+@torch.library.impl(_LIBRARY, "offload_into", "CompositeExplicitAutograd")
+def _(host: Tensor, x: Tensor) -> None:
+    if x.device.type != "cuda":
+        host.copy_(x)
+        return
+    _away[host.data_ptr()] = _copy(host, x, x.device, "away")
+    x.record_stream(_streams[x.device, "away"])
 
 
 @torch.library.impl(_LIBRARY, "prefetch", "CompositeExplicitAutograd")
@@ -70,17 +101,13 @@ def _(x: Tensor, *, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return x.clone()
     back = torch.empty_like(x, device=device)
-    stream = _side_stream(back.device)
-    with torch.cuda.stream(stream):
-        back.copy_(x, non_blocking=True)
-    _copied[back.data_ptr()] = event = torch.cuda.Event()
-    event.record(stream)
+    _back[back.data_ptr()] = _copy(back, x, back.device, "back")
     return back
 
 
 @torch.library.impl(_LIBRARY, "wait_prefetch", "CompositeExplicitAutograd")
 def _(x: Tensor) -> Tensor:
-    event = _copied.pop(x.data_ptr(), None) if x.device.type == "cuda" else None
+    event = _back.pop(x.data_ptr(), None) if x.device.type == "cuda" else None
     if event is not None:
         torch.cuda.current_stream(x.device).wait_event(event)
     return torch.ops.aten.alias.default(x)

@@ -100,7 +100,8 @@ class State:
     """A graph input that is a tensor of the optimizer: a moment, a count of steps, a learning rate.
 
     ``path`` is ``<parameter>.<key>``, or ``groups.<number>.lr``. ``parameter`` is the fully
-    qualified name of the parameter that the entry belongs to, None for a group's.
+    qualified name of the parameter that the entry belongs to, None for a group's. ``host`` is
+    whether it is kept in the memory of the host.
     """
 
     name: str
@@ -108,6 +109,7 @@ class State:
     shape: tuple[int, ...]
     dtype: torch.dtype
     parameter: str | None = None
+    host: bool = False
 
 
 @dataclass(frozen=True, slots=True)

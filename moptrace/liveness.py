@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +79,10 @@ def peak_memory(program: Program) -> Peak:
     alive: dict[fx.Node, int] = {}
     total, best, at, there = 0, -1, program.graph.output_node(), dict[fx.Node, int]()
     host, most = 0, 0
+    on_host = _on_host(program, sizes)
     for node in program.nodes:
-        if _is_on_host(node):
-            host += sizes[node]
+        if node in on_host:
+            host += on_host[node]
             most = max(most, host)
         elif node in spans:
             alive[node] = sizes[node]
@@ -92,17 +93,18 @@ def peak_memory(program: Program) -> Peak:
             if gone in alive:
                 total -= alive.pop(gone)
             else:
-                host -= sizes[gone]
+                host -= on_host[gone]
     shown = sorted((Alive(n.name, b) for n, b in there.items() if b), key=lambda x: -x.bytes)
     return Peak(best, at.name, tuple(shown), most)
 
 
 def lifetimes(program: Program) -> dict[fx.Node, fx.Node]:
     """For every value that has memory of its own, the node after which that is free."""
-    root = storages(program)
-    last = _last_uses(program, root)
     end = program.graph.output_node()
-    written = {new: node for node, pairs in write_backs(program).items() for _, new in pairs}
+    backs = write_backs(program)
+    root = storages(program, backs)
+    written = {new: node for node, pairs in backs.items() for _, new in pairs}
+    last = _last_uses(program, root, backs)
     position = {node: at for at, node in enumerate(program.nodes)}
     until = {
         node: end if node.op in ("placeholder", "get_attr") else last[node]
@@ -124,21 +126,38 @@ def sizes_of_values(program: Program) -> dict[fx.Node, int]:
     return {node: _bytes(roles.value(node), symbols) for node in program.nodes}
 
 
-def _is_on_host(node: fx.Node) -> bool:
-    return node.target is ops.offload.default
+def _on_host(program: Program, sizes: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """The bytes of values in the memory of the host; new state is written over the old one."""
+    held = {state.name for state in program.signature.states if state.host}
+    outputs = zip(program.outputs, program.signature.outputs, strict=True)
+    written = {node for node, output in outputs if output.updates in held}
+    return {
+        node: 0 if node in written else sizes[node]
+        for node in program.nodes
+        if node.name in held or node.target is ops.offload.default
+    }
 
 
-def storages(program: Program) -> dict[fx.Node, fx.Node]:
-    """For every node the node whose memory it looks at: its own, or that of which it is a view."""
+WriteBacks = Mapping[fx.Node, Sequence[tuple[fx.Node, fx.Node]]]
+
+
+def storages(program: Program, backs: WriteBacks | None = None) -> dict[fx.Node, fx.Node]:
+    """For every node the node whose memory it looks at: its own, or that of which it is a view.
+
+    A new value that was written back is looked at in the memory of the input that it replaced.
+    """
     root: dict[fx.Node, fx.Node] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
     for node in program.nodes:
         source: Any = node.args[0] if node.args else None
+        source = replaced.get(source, source) if isinstance(source, fx.Node) else source
         looks = is_view(node)
         if node.target is operator.getitem:  # of a list of views, such as the pieces of a split
             looks = root[source] is not source
         if node.target is wait:  # at the memory into which the start lets it come
             looks = True
         root[node] = root[source] if looks and isinstance(source, fx.Node) else node
+        replaced.update((new, old) for old, new in (backs or {}).get(node, ()))
     return root
 
 
@@ -166,18 +185,25 @@ def write_backs(program: Program) -> dict[fx.Node, list[tuple[fx.Node, fx.Node]]
     return found
 
 
-def _last_uses(program: Program, root: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+def _last_uses(
+    program: Program,
+    root: Mapping[fx.Node, fx.Node],
+    backs: WriteBacks | None = None,
+) -> dict[fx.Node, fx.Node]:
     """The last node that reads each storage; outputs are not read."""
     last: dict[fx.Node, fx.Node] = {}
+    replaced: set[fx.Node] = set()
     for node in program.nodes:
         if node.op == "output":
             continue
         last[root[node]] = node
         for operand in node.all_input_nodes:
-            last[root[operand]] = node
+            if operand not in replaced:
+                last[root[operand]] = node
         if node.target is wait:
             for sent in node.all_input_nodes[0].all_input_nodes:
                 last[root[sent]] = node
+        replaced.update(new for _, new in (backs or {}).get(node, ()))
     return last
 
 

@@ -93,6 +93,9 @@ class ParallelModule(nn.Module):
         self._stored = _stored(self._program)
         self._programs[self.traced_for(batch)] = self._program
         self._register(model)
+        self.unfinished: Callable[[], None] | None = None  # updates that a step left
+        self.register_state_dict_pre_hook(lambda *_: self.flush())
+        self.register_load_state_dict_pre_hook(lambda *_: self.flush())
 
     # --- parameters and buffers ---
 
@@ -149,6 +152,7 @@ class ParallelModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run this rank's part of the global batch; returns what the model returned."""
+        self.flush()
         batch = self.named(args, kwargs)
         leaves = pytree.tree_leaves(batch)
         program = self.local_program(batch)
@@ -167,6 +171,14 @@ class ParallelModule(nn.Module):
                     self.get_buffer(output.buffer).copy_(value)
         self._program = program
         return rebuild(signature, outputs)
+
+    def flush(self) -> None:
+        """Run the updates that a training step left for its next call; nothing if there are none.
+
+        The model's and the optimizer's own methods call it before they read or change anything.
+        """
+        if self.unfinished is not None:
+            self.unfinished()
 
     def local_program(self, batch: Mapping[str, Any]) -> Program:
         """The program that a rank runs on a batch of this shape; traced if the shape is new."""
@@ -297,6 +309,7 @@ class ParallelModule(nn.Module):
 
         Stacked experts are unstacked. Collective: every rank calls it and gets all of it.
         """
+        self.flush()
         whole = self._whole(lambda parameter: parameter)
         for buffer in self._canonical.signature.buffers:
             if buffer.persistent:
@@ -340,6 +353,7 @@ class ParallelModule(nn.Module):
         Raises KeyError for missing names and ValueError for unknown ones or other shapes, before
         anything is changed.
         """
+        self.flush()
         signature = self._canonical.signature
         persistent = [b for b in signature.buffers if b.persistent]
         needed = [n for p in signature.parameters for n in state.user_names(p)]

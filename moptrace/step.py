@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils import _pytree as pytree
 
 from moptrace.activations import communicates
 from moptrace.collectives import start
-from moptrace.core import Output, Pass, Program, chain
+from moptrace.core import Output, Pass, Program, chain, erase_dead
 from moptrace.costs import Machine
 from moptrace.errors import StepError
+from moptrace.kernels.host_memory import finish_copies
 from moptrace.liveness import Peak, peak_memory, write_backs
 from moptrace.parallel import ParallelModule
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
@@ -24,16 +27,27 @@ from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.clip_gradients import NORM, clip_gradients
 from moptrace.passes.compile_regions import compile_regions
 from moptrace.passes.default import overlapped
+from moptrace.passes.defer_updates import PENDING, defer_updates, leave_updates, pending_updates
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.fit_activations import fit_activations
 from moptrace.passes.offload import offload
 from moptrace.passes.recompute import recompute
 from moptrace.passes.shard_parameters import batch_sizes, is_split
+from moptrace.passes.stream_state import stream_state
+from moptrace.passes.update_early import update_early
 from moptrace.timeline import Timeline, measure, predict, write
+from moptrace.updates import Updates
 
 __all__ = ["Stepper", "TrainStep", "train_step"]
 
+ops = torch.ops.moptrace
+
 _OVERLAPPED = overlapped()
+
+# What ``train_step`` takes for ``updates`` and ``state``, and the pass that it means. Updates in
+# the next forward depend on whether there are any.
+_UPDATES = {"after": None, "backward": update_early(), "forward": None}
+_STATE = {"device": None, "host": stream_state()}
 
 
 def train_step(
@@ -43,6 +57,8 @@ def train_step(
     max_norm: float | None = None,
     accumulate: int = 1,
     activations: str | int | Pass = "keep",
+    updates: str = "after",
+    state: str | Pass = "device",
     schedule: Pass | None = _OVERLAPPED,
     compile: bool = False,
 ) -> TrainStep:
@@ -56,7 +72,18 @@ def train_step(
     ``activations`` says what is kept from forward to backward: ``"keep"`` everything,
     ``"checkpoint"`` what enters each layer, ``"offload"`` that in the memory of the host; a number
     of bytes, within which the step's peak is brought at the least cost (``fit_activations``); or a
-    pass, such as ``passes.checkpoint.checkpoint("attention")``. ``schedule`` is a pass, or a chain
+    pass, such as ``passes.checkpoint.checkpoint("attention")``.
+
+    ``updates`` says when the optimizer works: ``"after"`` backward; in ``"backward"``, on each
+    parameter as soon as its gradient is final, which clipping does not allow; or in the
+    ``"forward"`` of the next step, on each parameter just before its first use. The last leaves
+    updates pending between steps: ``step.flush()`` finishes them, and whatever reads the model or
+    the optimizer through their own methods calls it first. ``state="host"`` keeps the optimizer's
+    state in the memory of the host and brings it to the device in buckets, two at a time; a pass
+    says otherwise, such as ``passes.stream_state.stream_state(bucket=2**28, slots=3)``. No choice
+    changes a bit of the result.
+
+    ``schedule`` is a pass, or a chain
     of passes, over what results: by default collectives start early, and are waited for late, while
     others compute (``passes.default.overlapped``); with None they run where they stand. Gathering
     parameters again in backward is ``chain(regather(), overlapped())``. With ``compile``, what lies
@@ -74,7 +101,8 @@ def train_step(
     """
     passes = [*_policy(activations, schedule), *([schedule] if schedule else [])]
     passes += [compile_regions()] if compile else []
-    return TrainStep(model, optimizer, max_norm, accumulate, chain(*passes) if passes else None)
+    scheduled = chain(*passes) if passes else None
+    return TrainStep(model, optimizer, max_norm, accumulate, scheduled, updates, state)
 
 
 def _policy(activations: str | int | Pass, schedule: Pass | None) -> list[Pass]:
@@ -92,6 +120,12 @@ def _policy(activations: str | int | Pass, schedule: Pass | None) -> list[Pass]:
     return known[activations]
 
 
+def _chosen(name: str, choice: Any, known: Mapping[str, Pass | None]) -> Pass | None:
+    if choice not in known:
+        raise StepError(f"{name}={choice!r} is none of {', '.join(map(repr, known))}")
+    return known[choice]
+
+
 class TrainStep:
     """A training step that is one graph; made by ``moptrace.train_step``.
 
@@ -107,6 +141,8 @@ class TrainStep:
         max_norm: float | None,
         accumulate: int,
         schedule: Pass | None,
+        updates: str = "after",
+        state: str | Pass = "device",
     ):
         if accumulate < 1:
             raise StepError(f"a step has one micro-batch or more, not accumulate={accumulate}")
@@ -114,8 +150,22 @@ class TrainStep:
         self.accumulate = accumulate
         self._schedule = schedule
         self._stepper = Stepper(
-            optimizer, _names(model, optimizer), max_norm, accumulate, schedule, model.rank
+            optimizer,
+            _names(model, optimizer),
+            max_norm,
+            accumulate,
+            schedule,
+            model.rank,
+            updates,
+            state,
         )
+        for register in (
+            optimizer.register_step_pre_hook,
+            optimizer.register_state_dict_pre_hook,
+            optimizer.register_load_state_dict_pre_hook,
+        ):
+            register(lambda *_: self._settle())
+        self._versions: dict[str, int] = {}  # of what updates were left for
         self._runs: dict[int, fx.GraphModule] = {}
         self._waiting: list[dict[str, Any]] = []
         self._program: Program | None = None
@@ -182,28 +232,102 @@ class TrainStep:
                 "the micro-batches of a step have different shapes, so they are different programs;"
                 " pad them to one length and ignore the padding with label -100"
             )
+        if model.unfinished != self.flush or self._stepper.must_flush:
+            model.flush()
         program = self._stepper.program(model.local_program(batches[0]), model.device)
-        if id(program) not in self._runs:
-            self._check_order(program)
-            self._runs[id(program)] = executable(program, model.device)
         inputs = [
             x.to(model.device)
             for batch in batches
             for x in pytree.tree_leaves(batch)
             if isinstance(x, Tensor)
         ]
-        signature = program.signature
-        parameters = [_own(model.get_parameter(p.fqn)) for p in signature.parameters]
-        buffers = [model.get_buffer(b.fqn) for b in signature.buffers]
-        states = self._stepper.states(program)
-        with torch.no_grad(), model.communicator:
-            module, arguments = self._runs[id(program)], [*parameters, *buffers, *states, *inputs]
-            results = run(module, arguments) if run else module(*arguments)
-            model.communicator.step += 1
+        with self._all_updates_or_none(program):
+            results = self._run(program, inputs, run)
+        model.communicator.step += 1
         self._program = program
-        left = [output for output in signature.outputs if output.updates is None]
-        self.grad_norm = self._stepper.finish(zip(left, results, strict=True), self._like)
+        left = [output for output in program.signature.outputs if output.updates is None]
+        made = zip(left, results, strict=True)
+        self.grad_norm = self._stepper.finish(program, made, self._like)
+        model.unfinished = None
+        if self._stepper.pending:
+            model.unfinished = self.flush
+            held = zip(program.signature.names, self._held(program), strict=False)
+            self._versions = {name: x._version for name, x in held}
         return results[0]
+
+    def flush(self) -> None:
+        """Run the updates that the last step left for the next one; nothing if there are none.
+
+        Needed only before parameters are read one by one: calls of the model, ``state_dict``,
+        loading, and the methods of the optimizer do it.
+        """
+        if self._stepper.pending:
+            program = self._stepper.unfinished()
+            self._check_untouched(program)
+            self._run(program, ())
+        self._forget()
+
+    def _settle(self) -> None:
+        """Before the optimizer's own methods: nothing waits, and nothing is on its way."""
+        self.model.flush()
+        finish_copies()
+
+    def _run(
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        run: Callable[[fx.GraphModule, Sequence[Tensor]], Any] | None = None,
+    ) -> Any:
+        if id(program) not in self._runs:
+            self._check_order(program)
+            self._runs[id(program)] = executable(program, self.model.device)
+        module, arguments = self._runs[id(program)], [*self._held(program), *inputs]
+        with torch.no_grad(), self.model.communicator:
+            return run(module, arguments) if run else module(*arguments)
+
+    def _held(self, program: Program) -> list[Tensor]:
+        """What a program takes beside the batch: parameters, buffers, the optimizer's state."""
+        signature = program.signature
+        parameters = [_own(self.model.get_parameter(p.fqn)) for p in signature.parameters]
+        buffers = [self.model.get_buffer(b.fqn) for b in signature.buffers]
+        self._stepper.send_to_host(program, self._like)
+        return [*parameters, *buffers, *self._stepper.states(program)]
+
+    @contextmanager
+    def _all_updates_or_none(self, program: Program) -> Iterator[None]:
+        """If a batch is refused while pending updates run, finish them, and refuse it then."""
+        if not self._stepper.pending:
+            yield
+            return
+        self._check_untouched(program)
+        try:
+            yield
+        except Exception:
+            try:
+                if left := self._stepper.not_among(self._written(program)):
+                    self._run(left, ())
+            finally:
+                self._forget()
+            raise
+
+    def _check_untouched(self, program: Program) -> None:
+        """Updates belong to the values that the last step left."""
+        if written := self._written(program):
+            self._forget()
+            raise StepError(
+                f"{', '.join(sorted(written)[:3])} and perhaps others were written while the last "
+                "step's update of them was pending; that update is dropped. Call step.flush() "
+                "before you write to parameters or to the optimizer's state."
+            )
+
+    def _written(self, program: Program) -> set[str]:
+        """The inputs that were written since the last step left updates."""
+        held = zip(program.signature.names, self._held(program), strict=False)
+        return {name for name, x in held if self._versions.get(name, x._version) != x._version}
+
+    def _forget(self) -> None:
+        self._stepper.flushed()
+        self.model.unfinished = None
 
     def _check_order(self, program: Program) -> None:
         """Ranks that run collectives in different orders would wait for ever."""
@@ -221,14 +345,10 @@ class TrainStep:
         parameter = self.model.get_parameter(fqn)
         if not isinstance(parameter, DTensor) or _own(parameter).shape != value.shape:
             return value
-        return DTensor.from_local(
-            value,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        # DTensor.from_local would bring what is on the host to the device of the mesh.
+        meta = TensorMeta(parameter.shape, parameter.stride(), value.dtype)
+        spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)
+        return DTensor(value, spec, requires_grad=False)
 
 
 class Stepper:
@@ -245,24 +365,72 @@ class Stepper:
         micro_batches: int = 1,
         schedule: Pass | None = None,
         rank: int = 0,
+        updates: str = "after",
+        state: str | Pass = "device",
     ):
         self.optimizer, self.names = optimizer, names
         self.max_norm, self.micro_batches = max_norm, micro_batches
-        self.schedule, self.rank = schedule, rank
+        self.rank = rank
+        self.defers = updates == "forward"
+        self.pending: dict[str, Tensor] = {}  # what updates take that the next step runs, by path
+        self._early = _chosen("updates", updates, _UPDATES)
+        self._stream = state if isinstance(state, Pass) else _chosen("state", state, _STATE)
+        self._schedule = schedule
         self._parameters = {name: parameter for parameter, name in names.items()}
         self._gradients: dict[Program, Program] = {}
+        self._finished: dict[Any, Program] = {}  # with the optimizer, in the order of the step
         self._programs: dict[Any, Program] = {}
+        self._sources: dict[
+            Program, tuple[Any, Program]
+        ] = {}  # what a program was made for, of what
+        self._left: tuple[Any, Program] | None = None  # that of the step which left updates
 
     def program(self, local: Program, device: torch.device | str = "cpu") -> Program:
         """The step of a local program, for the optimizer as it is now."""
-        key = (local, self._kind())
+        kind = self._kind()
+        finished = self._finish(local, kind, device)
+        how = self._early
+        if self.defers and not Updates(finished).makes_state:
+            how = defer_updates() if self.pending else leave_updates()
+        key = (finished, how)
         if key not in self._programs:
+            passes = [how, self._stream, self._schedule]
+            self._programs[key] = made = chain(*(p for p in passes if p))(finished)
+            self._sources[made] = (kind, finished)
+        return self._programs[key]
+
+    def unfinished(self, only: Collection[str] | None = None) -> Program:
+        """The updates that the last step left, of all parameters or of these alone."""
+        assert self._left is not None
+        passes = [pending_updates(only), self._stream]
+        return chain(*(p for p in passes if p))(self._left[1])
+
+    @property
+    def must_flush(self) -> bool:
+        """Whether updates wait that were left for an optimizer with other options."""
+        return bool(self.pending) and (self._left is None or self._left[0] != self._kind())
+
+    def not_among(self, written: Collection[str]) -> Program | None:
+        """The pending updates that have not run, if these inputs were written."""
+        assert self._left is not None
+        found: list[str] = []
+        for fqn, pairs in Updates(self._left[1]).outputs.items():
+            own = [output.updates in written for output, _ in pairs]
+            if any(own) and not all(own):
+                raise StepError(
+                    f"the step failed in the midst of the update of {fqn}, whose state is lost; "
+                    "load the last checkpoint"
+                )
+            found += [] if any(own) else [fqn]
+        return self.unfinished(found) if found else None
+
+    def _finish(self, local: Program, kind: Any, device: torch.device | str) -> Program:
+        if (local, kind) not in self._finished:
             if local not in self._gradients:
                 self._gradients[local] = self._with_gradients(local, device)
-            finish = [apply_optimizer(self.optimizer, self.names)]
-            finish += [self.schedule] if self.schedule else []
-            self._programs[key] = chain(*finish)(self._gradients[local])
-        return self._programs[key]
+            update = apply_optimizer(self.optimizer, self.names)
+            self._finished[local, kind] = update(self._gradients[local])
+        return self._finished[local, kind]
 
     def _with_gradients(self, local: Program, device: torch.device | str) -> Program:
         trained = [name for name, p in self._parameters.items() if p.requires_grad]
@@ -301,12 +469,27 @@ class Stepper:
             for key, x in state_tensors(self.optimizer, p).items()
         }
         rates = {f"groups.{i}.lr": learning_rate(g) for i, g in enumerate(groups)}
-        return [(held | rates)[entry.path] for entry in program.signature.states]
+        given = held | rates | self.pending
+        return [given[entry.path] for entry in program.signature.states]
+
+    def send_to_host(self, program: Program, like: Callable[[str, Tensor], Tensor]) -> None:
+        """Move the state that a program expects on the host there, if it is on a GPU."""
+        for entry in program.signature.states:
+            if entry.host and entry.parameter is not None:
+                parameter = self._parameters[entry.parameter]
+                key = entry.path.removeprefix(f"{entry.parameter}.")
+                value = state_tensors(self.optimizer, parameter)[key]
+                if value.device.type == "cuda":
+                    value = value.cpu().pin_memory()
+                    self.optimizer.state[parameter][key] = like(entry.parameter, value)
 
     def finish(
-        self, made: Iterable[tuple[Output, Tensor]], like: Callable[[str, Tensor], Tensor]
+        self,
+        program: Program,
+        made: Iterable[tuple[Output, Tensor]],
+        like: Callable[[str, Tensor], Tensor],
     ) -> Tensor | None:
-        """Keep the state that the optimizer made; returns the norm of the gradients, if taken.
+        """Keep what a step made beside the loss; returns the norm of the gradients, if taken.
 
         ``made`` are the outputs that replace nothing. ``like(parameter, value)`` is how an entry of
         a parameter's state is held.
@@ -315,13 +498,22 @@ class Stepper:
         for output, value in made:
             if output.path == NORM:
                 norm = value
+            elif output.path.startswith(PENDING):
+                self.pending[output.path] = value
             elif output.state_of is not None:
                 key = output.path.removeprefix(f"{output.state_of}.")
                 self.optimizer.state[self._parameters[output.state_of]][key] = like(
                     output.state_of, value
                 )
+        if self.pending:
+            self._left = self._sources.get(program)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask
         return norm
+
+    def flushed(self) -> None:
+        """Nothing waits any more."""
+        self.pending.clear()
+        self._left = None
 
 
 def order_of_collectives(program: Program) -> list[str]:
@@ -338,20 +530,29 @@ def order_of_collectives(program: Program) -> list[str]:
 def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
     """The program as a module that writes new values over old ones as early as it may.
 
-    It takes the program's inputs in order and returns the outputs that replace none of them.
+    It takes the program's inputs in order and returns the outputs that replace none of them. What
+    reads a new value later on reads it where it was written, so that its own memory is free.
     """
     module = program.module(device)
     nodes = dict(zip(program.nodes, module.graph.nodes, strict=True))
+    place = {node: at for at, node in enumerate(program.nodes)}
     for after, pairs in write_backs(program).items():
         for old, new in reversed(pairs):
+            for user in new.users:
+                if place[user] > place[after] and user.op != "output":
+                    nodes[user].replace_input_with(nodes[new], nodes[old])
+            write, value = torch.ops.aten.copy_.default, nodes[new]
+            if new.target is ops.offload.default:  # into the memory that is there already
+                write, value = ops.offload_into.default, nodes[new.all_input_nodes[0]]
             with module.graph.inserting_after(nodes[after]):
-                module.graph.call_function(torch.ops.aten.copy_.default, (nodes[old], nodes[new]))
+                module.graph.call_function(write, (nodes[old], value))
     kept = [
         nodes[node]
         for output, node in zip(program.signature.outputs, program.outputs, strict=True)
         if output.updates is None
     ]
     module.graph.output_node().args = (tuple(kept),)
+    erase_dead(module.graph)
     module.recompile()
     return module
 

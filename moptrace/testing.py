@@ -22,6 +22,7 @@ from moptrace.core import Output, Pass, Program
 from moptrace.placement import INVARIANT, Placement, Shard
 from moptrace.precision import MixedPrecisionPolicy, convert
 from moptrace.simulate import simulate
+from moptrace.state import sizes_of_rank
 from moptrace.step import Stepper
 from moptrace.strategies import ModelSpec, batches, meshes, model_specs, moe_models, plans
 from moptrace.trace import call, evaluate, inputs_of
@@ -273,6 +274,8 @@ class SimulatedSteps:
         accumulate: int = 1,
         schedule: Pass | None = None,
         seed: int = 0,
+        updates: str = "after",
+        state: str | Pass = "device",
     ):
         self.local = local
         self.ranks = SimulatedRanks(local, whole, seed)
@@ -282,8 +285,9 @@ class SimulatedSteps:
             names = {shard: name for name, shard in shards.items()}
             made = optimizer(shards)
             held = {p: names[p] for group in made.param_groups for p in group["params"]}
-            self.steppers.append(Stepper(made, held, max_norm, accumulate, schedule, rank))
-        sizes = [state.sizes_of_rank(local, rank) for rank in range(len(self.steppers))]
+            options = (max_norm, accumulate, schedule, rank, updates, state)
+            self.steppers.append(Stepper(made, held, *options))
+        sizes = [sizes_of_rank(local, rank) for rank in range(len(self.steppers))]
         self._like = [sizes.index(own) for own in sizes]
 
     @property
@@ -293,28 +297,39 @@ class SimulatedSteps:
 
     def step(self, *batches: Batch) -> tuple[Tensor, Tensor | None]:
         """A step of every rank on global micro-batches; returns the loss, and the norm if taken."""
+        if self.steppers[0].must_flush:
+            self.flush()
         programs = self.programs
-        with torch.no_grad():
-            outputs = simulate(
-                programs,
-                [self._arguments(rank, programs[rank], batches) for rank in range(len(programs))],
-                self.ranks.seed,
-                self.ranks.steps,
-            )
+        made = self._run(programs, batches)
         self.ranks.steps += 1
-        norms: list[Tensor] = []
-        for rank, (program, values) in enumerate(zip(programs, outputs, strict=True)):
-            held = self._arguments(rank, program, batches)
-            made: list[tuple[Output, Tensor]] = []
-            for output, value in zip(program.signature.outputs, values, strict=True):
-                if output.updates is None:
-                    made.append((output, value.clone()))
-                else:
-                    held[output.updates].detach().copy_(value)
-            norm = self.steppers[rank].finish(made, lambda _, value: value)
-            norms += [] if norm is None else [norm]
-        loss = _agreed([own[0] for own in outputs], "the loss")
-        return loss, _agreed(norms, "the norm") if norms else None
+        finished = zip(self.steppers, programs, made, strict=True)
+        norms = [s.finish(program, own, lambda _, value: value) for s, program, own in finished]
+        loss = _agreed([own[0][1] for own in made], "the loss")
+        taken = [x for x in norms if x is not None]
+        return loss, _agreed(taken, "the norm") if taken else None
+
+    def flush(self) -> None:
+        """Run the updates that the last step left for the next one, if there are any."""
+        if self.steppers[0].pending:
+            self._run([self.steppers[rank].unfinished() for rank in self._like], ())
+            for stepper in self.steppers:
+                stepper.flushed()
+
+    def _run(
+        self, programs: Sequence[Program], batches: Sequence[Batch]
+    ) -> list[list[tuple[Output, Tensor]]]:
+        """Run every rank, and take its new values; returns its other outputs."""
+        held = [self._arguments(r, program, batches) for r, program in enumerate(programs)]
+        with torch.no_grad():
+            outputs = simulate(programs, held, self.ranks.seed, self.ranks.steps)
+        made: list[list[tuple[Output, Tensor]]] = []
+        for program, values, own in zip(programs, outputs, held, strict=True):
+            pairs = list(zip(program.signature.outputs, values, strict=True))
+            made.append([(o, x.clone()) for o, x in pairs if o.updates is None])
+            for output, value in pairs:
+                if output.updates is not None:
+                    own[output.updates].detach().copy_(value)
+        return made
 
     def _arguments(
         self, rank: int, program: Program, batches: Sequence[Batch]
@@ -332,6 +347,7 @@ class SimulatedSteps:
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter, whole, under the user's names."""
+        self.flush()
         return self.ranks.weights()
 
 

@@ -18,8 +18,8 @@ from moptrace import roles
 from moptrace.core import Level, Output, Pass, Program, State
 from moptrace.errors import StepError
 from moptrace.joint import Recording, Tape, record, splice
-from moptrace.placement import INVARIANT, Placement
 from moptrace.roles import Component, Role
+from moptrace.updates import add_state
 
 __all__ = ["apply_optimizer", "learning_rate", "state_tensors"]
 
@@ -133,20 +133,12 @@ class _Update:
         return found
 
     def _add_input(self, name: str, path: str, x: Tensor, fqn: str | None = None) -> fx.Node:
-        """A graph input for a tensor of the optimizer, held as its parameter if of that shape."""
-        layout, signature = self.program.layout, self.program.signature
-        assert layout is not None
-        placement = Placement.uniform(layout.home, INVARIANT)
-        if fqn is not None:
-            owner = self.inputs[signature.parameter(fqn).name]
-            if roles.tensor(owner).shape == x.shape:
-                placement = roles.placement(owner) or placement
-        with self.graph.inserting_before(self.inputs[signature.inputs[0].name]):
-            node = self.graph.placeholder(name)
-        value = torch.empty(x.shape, dtype=x.dtype, device="meta" if x.is_meta else x.device)
-        roles.set_value(node, value)
-        roles.set_role(node, component=Component.OPTIMIZER, placements=(placement,))
-        self.states.append(State(node.name, path, tuple(x.shape), x.dtype, fqn))
+        """A graph input for a tensor of the optimizer."""
+        state = State(name, path, tuple(x.shape), x.dtype, fqn)
+        example = torch.empty(x.shape, dtype=x.dtype, device="meta" if x.is_meta else x.device)
+        with self.graph.inserting_before(self.inputs[self.program.signature.inputs[0].name]):
+            node, state = add_state(self.graph, self.program, state, example)
+        self.states.append(state)
         return node
 
     # --- the recording ---

@@ -45,12 +45,14 @@ def regather(above: int = 0) -> Pass:
     """
 
     def rewrite(program: Program) -> Program:
-        parameters = {p.name for p in program.signature.parameters}
+        names = {p.name for p in program.signature.parameters}
+        outputs = zip(program.signature.outputs, program.outputs, strict=True)
+        new = {node.name for output, node in outputs if output.updates in names}
         gathered: dict[fx.Node, bool] = {}  # for all values made of parameters alone
 
         def is_gathered(node: fx.Node) -> bool:
             """Is a forward value made of parameters alone, and was one of them gathered for it?"""
-            if node.op == "placeholder" and node.name in parameters:
+            if node.name in names or node.name in new:  # new: updated at the start of the step
                 gathered[node] = False
             elif node.op != "call_function" or node.is_impure() or not node.all_input_nodes:
                 return False

@@ -15,6 +15,7 @@ from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.default import canonical, overlapped, sharded
 from moptrace.passes.offload import offload
 from moptrace.passes.recompute import regather
+from moptrace.passes.stream_state import stream_state
 from moptrace.testing import SimulatedSteps, batches, model_specs, plans, whole_state
 from sweeps import WITHOUT_SHRINKING
 from test_train_step import OPTIMIZERS, Eager, all_of, assert_same_steps
@@ -31,6 +32,7 @@ SCHEDULES = (
 )
 
 
+STREAMED = stream_state(bucket=500, gradients=True)
 STEPS_PER_MODEL = 6  # a model is traced once and trained in several ways
 
 
@@ -39,7 +41,7 @@ STEPS_PER_MODEL = 6  # a model is traced once and trained in several ways
 def test_any_step_is_that_of_one_device(data: st.DataObject) -> None:
     spec = replace(data.draw(model_specs(("canonical",)), label="model"), layers=("moe",))
     ranks = data.draw(st.sampled_from([2, 3, 1]), label="ranks")
-    traced, *fed = (data.draw(batches(spec.vocabulary, SIZE, LENGTH)) for _ in range(3))
+    traced, *fed = (data.draw(batches(spec.vocabulary, SIZE, LENGTH)) for _ in range(4))
     model = spec.build()
     program = canonical()(trace(model, traced))
     for number in range(STEPS_PER_MODEL):
@@ -48,7 +50,12 @@ def test_any_step_is_that_of_one_device(data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(OPTIMIZERS)), label=f"optimizer {number}")
         max_norm = data.draw(st.sampled_from([None, 0.3, math.inf]), label=f"max_norm {number}")
         schedule = data.draw(st.sampled_from(SCHEDULES), label=f"schedule {number}")
+        when = ["after", "forward"] + (["backward"] if max_norm in (None, math.inf) else [])
+        updates = data.draw(st.sampled_from(when), label=f"updates {number}")
+        place = data.draw(st.sampled_from(["device", STREAMED]), label=f"state {number}")
         make, local = all_of(OPTIMIZERS[name]), sharded(plan, ranks)(program)
-        simulated = SimulatedSteps(local, whole_state(model), make, max_norm, schedule=schedule)
+        simulated = SimulatedSteps(
+            local, whole_state(model), make, max_norm, 1, schedule, updates=updates, state=place
+        )
         assert_same_steps(simulated, Eager(model, make, max_norm), fed)
         record_examples(of="training step")

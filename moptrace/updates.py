@@ -1,0 +1,129 @@
+"""The updates of a training step: what its optimizer computes, parameter by parameter.
+
+A step ends with updates. They read parameters, the optimizer's state, and a few *operands* that
+come from elsewhere: gradients, their norm, learning rates. Everything that only new values depend
+on belongs to them, the scaling of clipped gradients included. So a step can be cut in two, before
+its updates, and what crosses the cut is the operands.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from moptrace import roles
+from moptrace.core import Output, Program, State, ancestors
+from moptrace.placement import INVARIANT, Placement
+from moptrace.roles import Component
+
+__all__ = ["Operand", "Update", "Updates", "add_state"]
+
+_AFTER_BACKWARD = (Component.CLIPPING, Component.OPTIMIZER)
+
+
+@dataclass(frozen=True)
+class Update:
+    """The nodes of the new values of one parameter and its state, in order.
+
+    Some are those of other parameters too, such as the factor of clipping.
+    """
+
+    fqn: str
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What updates take from elsewhere.
+
+    ``path`` names it alike in every step of one model and optimizer, and ``parameter`` is the one
+    whose update takes it first, None for a learning rate.
+    """
+
+    path: str
+    parameter: str | None
+
+
+class Updates:
+    """The updates of a finished step, in their order, and their operands."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.outputs: dict[str, list[tuple[Output, fx.Node]]] = defaultdict(list)
+        self.others: list[tuple[Output, fx.Node]] = []
+        fqns = {p.name: p.fqn for p in program.signature.parameters}
+        for output, node in zip(program.signature.outputs, program.outputs, strict=True):
+            fqn = output.state_of or fqns.get(output.updates or "")
+            (self.outputs[fqn] if fqn else self.others).append((output, node))
+        self.nodes = self._nodes()
+        self.updates = tuple(self._by_parameter())
+        self.operands = self._operands()
+
+    @property
+    def makes_state(self) -> bool:
+        """Whether the optimizer has yet to make its state, which its first step does."""
+        return any(o.updates is None for pairs in self.outputs.values() for o, _ in pairs)
+
+    def _nodes(self) -> set[fx.Node]:
+        others = {node for _, node in self.others}
+        found: set[fx.Node] = set()
+        end = self.program.graph.output_node()
+        for node in reversed(self.program.nodes):
+            if roles.component(node) in _AFTER_BACKWARD and node.op == "call_function":
+                if node not in others and all(u in found or u is end for u in node.users):
+                    found.add(node)
+        return found
+
+    def _by_parameter(self) -> list[Update]:
+        found: list[Update] = []
+        place = {node: at for at, node in enumerate(self.program.nodes)}
+        for fqn, pairs in self.outputs.items():
+            own = ancestors(node for _, node in pairs) & self.nodes
+            found.append(Update(fqn, tuple(sorted(own, key=place.__getitem__))))
+        return found
+
+    def _operands(self) -> dict[fx.Node, Operand]:
+        signature = self.program.signature
+        stay = {p.name for p in signature.parameters}
+        stay |= {s.name for s in signature.states if s.parameter is not None}
+        rates = {s.name: s.path for s in signature.states}
+        found: dict[fx.Node, Operand] = {}
+        for update in self.updates:
+            number = 0
+            for operand in (x for node in update.nodes for x in node.all_input_nodes):
+                if operand in self.nodes or operand in found or operand.op == "get_attr":
+                    continue
+                if operand.op == "placeholder" and operand.name in stay:
+                    continue
+                if operand.name in rates:
+                    found[operand] = Operand(rates[operand.name], None)
+                    continue
+                found[operand] = Operand(f"{update.fqn}.operand_{number}", update.fqn)
+                number += 1
+        return found
+
+
+def add_state(
+    graph: fx.Graph, program: Program, state: State, example: torch.Tensor
+) -> tuple[fx.Node, State]:
+    """Add a graph input that a step keeps beside its parameters, where the graph inserts.
+
+    It is placed as its parameter is if it has that one's shape, else alike on all ranks. Returns
+    the state with the name that the input got: ``state.name``, if that was free.
+    """
+    layout = program.layout
+    assert layout is not None
+    placement = Placement.uniform(layout.home, INVARIANT)
+    if state.parameter is not None:
+        name = program.signature.parameter(state.parameter).name
+        owner = next(x for x in program.graph.find_nodes(op="placeholder") if x.name == name)
+        if roles.tensor(owner).shape == example.shape:
+            placement = roles.placement(owner) or placement
+    node = graph.placeholder(state.name)
+    node.target = node.name  # another one where the name was taken
+    roles.set_value(node, example)
+    roles.set_role(node, component=Component.OPTIMIZER, placements=(placement,))
+    return node, replace(state, name=node.name)
