@@ -4,8 +4,8 @@
     step.trace("step.json", input_ids=ids, labels=labels)  # open it in https://ui.perfetto.dev
 
 A step has one *lane* on which operators run one after another, and beside it one for each axis, on
-which collectives travel one after another. Where an operator needs what has not come, the first
-lane waits: that time is *exposed*.
+which collectives travel one after another, and one for each way between the device and the host.
+Where an operator needs what has not come, the first lane waits: that time is *exposed*.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ from moptrace.liveness import sizes_of_values
 
 __all__ = ["Span", "Timeline", "measure", "predict", "write"]
 
-OPERATORS, WAITING = "operators", "waiting"  # lanes; the others are axes
+ops = torch.ops.moptrace
+
+OPERATORS, WAITING = "operators", "waiting"  # lanes; the others are axes, and copies to the host
+HOST_COPIES = {ops.offload.default: "to the host", ops.prefetch.default: "to the device"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +136,9 @@ def write(path: str | Path, timelines: Mapping[str, Timeline]) -> None:
 def predict(program: Program, machine: Machine | None = None) -> Timeline:
     """What runs when on a machine of which the speeds are given.
 
-    An operator takes as long as its products or its traffic with memory (``costs.py``), and a
-    collective as long as what a rank sends. What travels in a ring is hidden by the ring's work.
+    An operator takes as long as its products or its traffic with memory (``costs.py``), a
+    collective as long as what a rank sends, and a copy to or from the host as long as its bytes.
+    What travels in a ring is hidden by the ring's work.
 
     Requires: a step.
     """
@@ -145,33 +149,39 @@ def predict(program: Program, machine: Machine | None = None) -> Timeline:
     clock = 0.0
     busy: dict[str, float] = defaultdict(float)  # until when an axis is
     arrival: dict[fx.Node, float] = {}
+    kinds: dict[fx.Node, str] = {}
 
-    def sends(node: fx.Node, row: Collective, args: tuple[Any, ...]) -> None:
-        axis = _axis(args)
-        parts = program.layout.size(axis)  # type: ignore[union-attr]
-        sent = _sent(row, sizes[args[0]], sizes[node], parts)
-        begin = max(clock, busy[axis])
-        seconds = assumed.latency + sent / assumed.link if parts > 1 else 0.0
-        busy[axis] = arrival[node] = begin + seconds
-        spans.append(_span(node, f"{row.name} {axis}", axis, begin, begin + seconds))
+    def travels(node: fx.Node, kind: str, lane: str, seconds: float) -> None:
+        """Start what goes on a lane of its own, once what it takes has come."""
+        come = max((arrival.get(x, 0.0) for x in node.all_input_nodes), default=0.0)
+        begin = max(clock, busy[lane], come)
+        busy[lane] = arrival[node] = begin + seconds
+        spans.append(_span(node, kind, lane, begin, begin + seconds))
+        kinds[node] = kind
 
-    def waits(node: fx.Node, started: fx.Node, row: Collective, axis: str) -> None:
+    def waits(node: fx.Node, started: fx.Node) -> None:
         nonlocal clock
         if arrival[started] > clock:
-            kind = f"{row.name} {axis}"
-            spans.append(_span(node, kind, WAITING, clock, arrival[started]))
+            spans.append(_span(node, kinds[started], WAITING, clock, arrival[started]))
             clock = arrival[started]
 
     for node in program.nodes:
-        row = _row(node)
-        if row is not None and node.target is not wait:
-            args = node.args[1:] if node.target is start else node.args
-            sends(node, row, args)
-            if node.target is not start:
-                waits(node, node, row, _axis(args))
-        elif row is not None:
+        if node.target is wait or node.target is ops.wait_prefetch.default:
             started = node.all_input_nodes[0]
-            waits(node, started, row, _axis(started.args[1:]))
+            if started in arrival:
+                waits(node, started)
+        elif (row := _row(node)) is not None:
+            args = node.args[1:] if node.target is start else node.args
+            axis = _axis(args)
+            parts = program.layout.size(axis)
+            sent = _sent(row, sizes[args[0]], sizes[node], parts)
+            seconds = assumed.latency + sent / assumed.link if parts > 1 else 0.0
+            travels(node, f"{row.name} {axis}", axis, seconds)
+            if node.target is not start:
+                waits(node, node)
+        elif node.target in HOST_COPIES:
+            lane = HOST_COPIES[node.target]
+            travels(node, f"copy {lane}", lane, sizes[node] / assumed.host)
         elif costs[node] > 0:
             begin, clock = clock, clock + costs[node]
             spans.append(_span(node, _component(node), OPERATORS, begin, clock))

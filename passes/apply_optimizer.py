@@ -199,7 +199,8 @@ class _Update:
         shard = values["parameter"]
         shard.grad = values["gradient"]
         group = self.optimizer.param_groups[number]
-        rate = values["lr"] if isinstance(group["lr"], Tensor) else values["lr"].item()
+        is_tensor = isinstance(group["lr"], Tensor) or group.get("fused")
+        rate = values["lr"] if is_tensor else values["lr"].item()
         state = {key: values[f"state_{key}"] for key in state_tensors(self.optimizer, parameter)}
         state |= _plain_state(self.optimizer, parameter)
         twin = object.__new__(type(self.optimizer))

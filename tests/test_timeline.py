@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,9 @@ from moptrace.collectives import wait
 from moptrace.core import Pass
 from moptrace.costs import Machine
 from moptrace.passes.default import overlapped
+from moptrace.passes.stream_state import stream_state
 from moptrace.timeline import OPERATORS, WAITING, Timeline, predict, write
+from test_defer_updates import program_of
 from test_overlap import ONE, batch_of, steps
 
 # Slow enough that communication and computation take about as long.
@@ -32,6 +35,13 @@ def step(schedule: Pass | None) -> Program:
 
 
 OVERLAPPED = overlapped()
+
+
+TWO_ORDERS = ("after", "forward")
+
+
+def steps_of_updates(updates: str) -> Program:
+    return program_of(updates, state=stream_state(bucket=2_100))
 
 
 def lane(timeline: Timeline, name: str) -> list[tuple[float, float]]:
@@ -48,6 +58,21 @@ def test_one_thing_after_another_runs_on_a_lane(schedule: Pass | None) -> None:
         assert all(b >= a - 1e-12 for (_, a), (b, _) in pairwise(spans))
     work = sum(b - a for a, b in lane(timeline, OPERATORS))
     assert timeline.seconds == pytest.approx(work + timeline.exposed)
+
+
+def test_copies_of_a_state_on_the_host_have_lanes_and_are_waited_for() -> None:
+    after, forward = (
+        predict(steps_of_updates(updates), replace(MACHINE, host=2e7)) for updates in TWO_ORDERS
+    )
+    for timeline in (after, forward):
+        for name in ("to the host", "to the device"):
+            spans = lane(timeline, name)
+            assert spans and all(b >= a - 1e-12 for (_, a), (b, _) in pairwise(spans))
+    waits = [
+        sum(s.seconds for s in t.spans if s.kind == "copy to the device" and s.lane == WAITING)
+        for t in (after, forward)
+    ]
+    assert 0 < waits[1] < waits[0], "forward hides the copies"
 
 
 def test_without_a_schedule_all_that_travels_is_exposed() -> None:
