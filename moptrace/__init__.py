@@ -2,6 +2,7 @@
 
 from moptrace import errors as errors
 from moptrace.api import parallelize as parallelize
+from moptrace.balance import Balance as Balance
 from moptrace.core import Level as Level
 from moptrace.core import Pass as Pass
 from moptrace.core import Program as Program

@@ -11,7 +11,7 @@ it is asked whether every new value can take the place of the old one.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from moptrace.infer import Held, infer, satisfies, token_blocks, travels
 from moptrace.placement import (
     INVARIANT,
     PARTIAL,
+    REPLICATE,
     Invariant,
     Kind,
     Placement,
@@ -273,6 +274,9 @@ class _Placements:
             source, target = map(Rows, _ROUTES[name])
             yield from self._converts(node, axis, source, target)
             return
+        if row.lends_experts:
+            yield from self._lends(node, x, axis)
+            return
         source, target = self._kind(x, axis), self._kind(node, axis)
         for kind in (source, target):
             if isinstance(kind, Rows) and kind != Rows("token"):
@@ -288,34 +292,73 @@ class _Placements:
                 yield node, f"{name} acts on dimension {dim}, but the operand is {kind}"
         yield from self._others_unchanged(node, x, axis)
 
-    def _regroups(self, node: fx.Node) -> Faults:
-        order = (Rows("arrival"), Rows("expert"))
-        source, target = order if node.target is ops.group_rows.default else reversed(order)
-        placement = roles.placement(node)
-        assert placement is not None
-        axis = next(
-            (
-                a.name
-                for a, k in zip(placement.view.axes, placement.kinds, strict=True)
-                if k == target
-            ),
-            placement.view.axes[-1].name,
-        )
-        yield from self._converts(node, axis, source, target)
+    def _lends(self, node: fx.Node, x: fx.Node, axis: str) -> Faults:
+        """Experts go to places along an axis; where others have plans of their own, to as many.
 
-    def _converts(self, node: fx.Node, axis: str, source: Kind, target: Kind) -> Faults:
+        Along an axis that splits the hosts, each rank has places of its own for what all have.
+        """
+        hosts = node.args[1]
+        assert isinstance(hosts, fx.Node)
+        if not isinstance(self._kind(hosts, axis), Invariant):
+            yield node, f"the ranks along {axis} must have one plan, not {self._kind(hosts, axis)}"
+        before = self._said(x, axis)
+        plans, after = (self._said(end, axis).expressed_in(before.view) for end in (hosts, node))
+        if plans is None or after is None:
+            yield node, f"{before.view} cannot say who has which experts"
+            return
+        for entry in before.view.axes:
+            if entry.size == 1:
+                continue
+            have, need = before.kind(entry.name), after.kind(entry.name)
+            if entry.name == axis:
+                fits = have == need == Shard(0)
+            elif plans.kind(entry.name) == Shard(0):
+                fits = self._same(x, have, REPLICATE) and need == Shard(0)
+            else:
+                fits = isinstance(plans.kind(entry.name), Invariant) and have == need
+            if not fits:
+                yield node, f"experts cannot go from {have} to {need} along {entry.name} by {plans}"
+
+    def _regroups(self, node: fx.Node) -> Faults:
+        """Rows are sorted by expert along an axis, and by place where the table's places differ."""
+        order = (Rows("arrival"), Rows("expert"))
+        sorts = node.target is ops.group_rows.default
+        source, target = order if sorts else reversed(order)
+        x, table = node.args
+        assert isinstance(x, fx.Node) and isinstance(table, fx.Node)
+        placement = roles.placement(x if sorts else node)
+        assert placement is not None
+        pairs = zip(placement.view.axes, placement.kinds, strict=True)
+        found = (axis.name for axis, kind in pairs if kind == Rows("arrival"))
+        axis = next(found, placement.view.axes[-1].name)
+        counted = self._said(table, axis)
+        outer = [a.name for a in counted.view.axes if a.name != axis and a.size > 1]
+        placed = {name for name in outer if isinstance(counted.kind(name), Shard)}
+        yield from self._converts(node, axis, source, target, placed)
+        for name in placed:
+            by_token, by_place = (x, node) if sorts else (node, x)
+            for end, kind in ((by_token, Rows("token")), (by_place, Rows("expert"))):
+                if self._kind(end, name) != kind:
+                    yield node, f"%{end.name} is {self._kind(end, name)} along {name}, not {kind}"
+
+    def _converts(
+        self, node: fx.Node, axis: str, source: Kind, target: Kind, also: Collection[str] = ()
+    ) -> Faults:
         x = node.args[0]
         assert isinstance(x, fx.Node)
         if not self._same(x, self._kind(x, axis), source):
             yield node, f"%{x.name} is {self._kind(x, axis)} along {axis}, not {source}"
         if not self._same(node, self._kind(node, axis), target):
             yield node, f"the result is {self._kind(node, axis)} along {axis}, not {target}"
-        yield from self._others_unchanged(node, x, axis)
+        yield from self._others_unchanged(node, x, axis, also)
 
-    def _others_unchanged(self, node: fx.Node, x: fx.Node, axis: str) -> Faults:
+    def _others_unchanged(
+        self, node: fx.Node, x: fx.Node, axis: str, also: Collection[str] = ()
+    ) -> Faults:
+        """Along no axis but one, and those that change ``also``."""
         before, after = self._said(x, axis), self._said(node, axis)
         for other, a, b in zip(before.view.axes, before.kinds, after.kinds, strict=True):
-            if other.name != axis and other.size > 1 and a != b:
+            if other.name not in (axis, *also) and other.size > 1 and a != b:
                 yield node, f"a change along {axis} also changed {other.name} from {a} to {b}"
         for placement in (before, after):
             if isinstance(placement.kind(axis), Shard) and own_blocks(placement, axis) is None:

@@ -31,11 +31,16 @@ send_slots            token -> expert         return_slots          as many rows
 return_slots          expert -> token         send_slots            and back
 all_gather_slots      token -> replicate      reduce_scatter_slots  as many rows each
 reduce_scatter_slots  partial -> token        all_gather_slots      sum, own rows
+send_experts          shard -> shard          return_experts        weights, to guests' places
+return_experts        shard -> shard          send_experts          sum, at their owners
 exchange_counts       (integers)              none                  counts travel
 ====================  ======================  ====================  =================
 
 With ``_slots``, each rank has the same number of rows, ``slots``, for each of ``length`` experts
 or of its own of them, sorted by expert before and after: nothing needs to be counted.
+
+With ``_experts``, each rank has some of ``length`` experts and then ``places`` for as many: its own
+and guests, as ``hosts`` says (``kernels/balancing.py``). Where nobody has guests nothing is sent.
 
 A ``_cast`` is the collective after a cast to ``dtype``; its transpose casts to ``back`` first, so
 that a value is gathered in few bytes and its gradient added up in more.
@@ -54,6 +59,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -190,10 +196,6 @@ class Collective:
         if self.casts:
             axis, dim, dtype, back, length = arguments
             return (axis, dim, back, dtype, length)
-        if self.of_slots:
-            return arguments
-        if self.transpose and "int dim" not in COLLECTIVES[self.transpose].schema:
-            return arguments if self.moves_rows else arguments[:1]
         return arguments
 
     @property
@@ -210,6 +212,11 @@ class Collective:
     def of_slots(self) -> bool:
         """Whether it moves rows of which all ranks have as many for every expert."""
         return "int slots" in self.schema
+
+    @property
+    def lends_experts(self) -> bool:
+        """Whether it moves experts to the places of guests, or what they have there back."""
+        return "Tensor hosts" in self.schema
 
     def without_size(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments, without the size of a result that routing decides."""
@@ -334,6 +341,30 @@ def _sum_and_split_slots(
 ) -> list[Tensor]:
     total = torch.stack(parts).sum(0).unflatten(0, (-1, len(parts), slots))
     return [own.flatten(0, 1) for own in total.unbind(1)]
+
+
+def _send_experts(
+    parts: list[Tensor], sizes: Sequence[int], hosts: list[Tensor], places: int, length: int
+) -> list[Tensor]:
+    whole = torch.cat(parts)
+    results: list[Tensor] = []
+    for rank, plan in enumerate(hosts):
+        here = plan[rank * places : (rank + 1) * places]
+        empty = (here < 0).view(-1, *[1] * (whole.dim() - 1))
+        results.append(whole.index_select(0, here.clamp(min=0)).masked_fill(empty, 0))
+    return results
+
+
+def _return_experts(
+    parts: list[Tensor], sizes: Sequence[int], hosts: list[Tensor], places: int, length: int
+) -> list[Tensor]:
+    wide = _wide(parts[0])
+    sums = [part[:own].to(wide) for part, own in zip(parts, sizes, strict=True)]
+    total = torch.cat(sums)
+    for own, part, experts in zip(sizes, parts, _guests(hosts[0], sizes, places), strict=True):
+        guests = part[own : own + len(experts)].to(wide)
+        total.index_add_(0, torch.tensor(experts, dtype=torch.int64, device=part.device), guests)
+    return list(total.to(parts[0].dtype).split(list(sizes)))
 
 
 # --- runs: the same on one rank, over the process group -------------------------------------------
@@ -579,6 +610,87 @@ def _run_reduce_scatter_slots(rows: Tensor, axis: str, slots: int, length: int) 
     return _run_reduce_scatter.start(apart, axis, 0, apart.shape[0])
 
 
+@_Exchange
+def _run_send_experts(x: Tensor, hosts: Tensor, axis: str, places: int, length: int) -> Pending:
+    moves, group = _Lending.of(hosts, axis, places, length), _axis(axis)[1]
+    own, came = x.shape[0], sum(moves.borrowed)
+    out = x.new_empty(places, *x.shape[1:])
+    out[:own] = x
+    out[own + came :] = 0
+    if not moves.any:
+        return Pending(None, lambda: out)
+    sent = x.index_select(0, moves.lent(x.device))
+    work = dist.all_to_all_single(
+        out[own : own + came], sent, moves.borrowed, moves.numbers, group=group, async_op=True
+    )
+    return Pending(work, lambda: out)
+
+
+@_Exchange
+def _run_return_experts(x: Tensor, hosts: Tensor, axis: str, places: int, length: int) -> Pending:
+    moves, group = _Lending.of(hosts, axis, places, length), _axis(axis)[1]
+    own, came = moves.own, sum(moves.borrowed)
+    if not moves.any:
+        return Pending(None, lambda: x[:own].clone())
+
+    def added(back: Tensor) -> Tensor:
+        total = x[:own].to(_wide(x), copy=True)
+        for part, experts in zip(back.split(moves.numbers), moves.lent_to, strict=True):
+            at = torch.tensor(experts, dtype=torch.int64, device=x.device)
+            total.index_add_(0, at, part.to(total.dtype))
+        return total.to(x.dtype)
+
+    return _all_to_all(x[own : own + came], moves.borrowed, moves.numbers, group, added)
+
+
+@dataclass(frozen=True)
+class _Lending:
+    """Whose guests this rank's experts are, and how many guests of each rank it has itself.
+
+    ``lent_to[r]`` are the guests at rank r, as this rank counts its ``own`` experts.
+    """
+
+    own: int
+    lent_to: list[list[int]]
+    borrowed: list[int]
+    any: bool
+
+    @classmethod
+    def of(cls, hosts: Tensor, axis: str, places: int, length: int) -> _Lending:
+        here = Communicator.current()
+        sizes, at = here.sizes(length, axis), here.coordinate(axis)
+        guests = _guests(hosts, sizes, places)
+        ends = list(accumulate(sizes))
+        first, past = ends[at] - sizes[at], ends[at]
+        lent_to = [[e - first for e in away if first <= e < past] for away in guests]
+        borrowed = [
+            sum(end - size <= e < end for e in guests[at])
+            for end, size in zip(ends, sizes, strict=True)
+        ]
+        return cls(sizes[at], lent_to, borrowed, any(guests))
+
+    @property
+    def numbers(self) -> list[int]:
+        """How many experts are lent to each rank."""
+        return [len(experts) for experts in self.lent_to]
+
+    def lent(self, device: torch.device) -> Tensor:
+        """The experts to send, rank by rank."""
+        experts = list(chain.from_iterable(self.lent_to))
+        return torch.tensor(experts, dtype=torch.int64, device=device)
+
+
+def _guests(hosts: Tensor, sizes: Sequence[int], places: int) -> list[list[int]]:
+    """The guests of each rank, which are in the order of their owners."""
+    of_ranks = hosts.view(len(sizes), places).tolist()
+    return [[e for e in here[own:] if e >= 0] for here, own in zip(of_ranks, sizes, strict=True)]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype in which gradients are added up."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _all_to_all(
     x: Tensor,
     out_splits: list[int],
@@ -692,6 +804,14 @@ def _shape_own_slots(rows: Tensor, axis: str, slots: int, length: int) -> Tensor
     return rows.new_empty(rows.shape[0] // Communicator.current().size(axis), *rows.shape[1:])
 
 
+def _shape_places(x: Tensor, hosts: Tensor, axis: str, places: int, length: int) -> Tensor:
+    return _resized(x, 0, places)
+
+
+def _shape_owned(x: Tensor, hosts: Tensor, axis: str, places: int, length: int) -> Tensor:
+    return _shape_slice(x, axis, 0, length)
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 _PLAIN = "(Tensor x, str axis) -> Tensor"
@@ -705,6 +825,7 @@ _SLOTS = "(Tensor rows, str axis, int slots, int length) -> Tensor"
 _CAST = "(Tensor x, str axis, int dim, ScalarType dtype, ScalarType back, int length) -> Tensor"
 _SWAP = "(Tensor x, str axis, int split, int split_length, int join, int join_length) -> Tensor"
 _COUNTS = "(Tensor counts, str axis, int length) -> Tensor"
+_EXPERTS = "(Tensor x, Tensor hosts, str axis, int places, int length) -> Tensor"
 
 # What the collectives of one meaning share: schema, meaning, run and shape.
 _GATHER = (_SLICED, _concatenate, _run_gather, _shape_whole)
@@ -734,6 +855,9 @@ _RETURN_SLOTS = (_SLOTS, _return_slots, _run_return_slots, _shape_return_slots)
 _GATHER_SLOTS = (_SLOTS, _gather_slots, _run_gather_slots, _shape_gather_slots)
 _SCATTER_SLOTS = (_SLOTS, _sum_and_split_slots, _run_reduce_scatter_slots, _shape_own_slots)
 
+_LEND = (_EXPERTS, _send_experts, _run_send_experts, _shape_places)
+_GIVE_BACK = (_EXPERTS, _return_experts, _run_return_experts, _shape_owned)
+
 _TABLE = (
     Collective("all_gather", Shard, Replicate, "reduce_scatter", *_GATHER),
     Collective("all_gather_invariant", Shard, Invariant, "take_shard", *_GATHER),
@@ -756,6 +880,8 @@ _TABLE = (
     Collective("return_slots", Rows, Rows, "send_slots", *_RETURN_SLOTS),
     Collective("all_gather_slots", Rows, Replicate, "reduce_scatter_slots", *_GATHER_SLOTS),
     Collective("reduce_scatter_slots", Partial, Rows, "all_gather_slots", *_SCATTER_SLOTS),
+    Collective("send_experts", Shard, Shard, "return_experts", *_LEND),
+    Collective("return_experts", Shard, Shard, "send_experts", *_GIVE_BACK),
     Collective(
         "exchange_counts", None, None, None, _COUNTS, _exchange, _run_exchange_counts, _shape_counts
     ),
@@ -766,7 +892,7 @@ _CONVERSIONS = {
     (row.source, row.target): row.name
     for row in COLLECTIVES.values()
     if row.source and (row.source, row.target) != (Rows, Rows)
-    if not (row.casts or row.of_slots)
+    if not (row.casts or row.of_slots or row.lends_experts)
 }
 
 

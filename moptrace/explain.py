@@ -21,6 +21,7 @@ all_reduce                             2(P-1)/P of the value, rounded up
 all_to_all, exchange_counts            (P-1)/P of the rank's operand
 send_slots, return_slots               (P-1)/P of the rank's rows for all experts
 all_gather_slots, reduce_scatter_slots (P-1) times the rows of what is split
+send_experts, return_experts           nothing, expected if every rank has as many rows
 send_rows, return_rows                 (P-1)/P of the rank's rows, expected if every rank has as
                                        many rows and every expert is chosen as often, and keeps
                                        no more than its capacity (marked ``~``)
@@ -307,6 +308,8 @@ class _Reader:
             return (parts - 1) * max(self.layout.sizes(experts, axis)) * x.element_size(), False
         if kind == "all_to_all":
             return (parts - 1) * _bytes(x) // parts, False
+        if row.lends_experts:
+            return 0, True
         if row.of_slots:
             slots, experts = node.args[2:]
             assert isinstance(slots, int) and isinstance(experts, int)
@@ -405,7 +408,7 @@ class _Reader:
             if user.target is ops.pack.default:
                 return any(_axis(gather) == axis for gather in _gathers_of(user))
             if collective(user.target) is not None:
-                stays = _axis(user) != axis or user.target is ops.all_to_all.default
+                stays = _axis(user) != axis or user.target in _EXCHANGES
                 if not stays or self._is_gathered(user, axis):
                     return True
             elif len(user.all_input_nodes) == 1 and self._is_gathered(user, axis):
@@ -474,8 +477,11 @@ _WIRE = {
     "return_slots": "return_slots",
     "all_gather_slots": "all_gather_slots",
     "reduce_scatter_slots": "reduce_scatter_slots",
+    "send_experts": "send_experts",
+    "return_experts": "return_experts",
     "exchange_counts": "exchange_counts",
 }
+_EXCHANGES = (ops.all_to_all.default, ops.send_experts.default)  # of one part for another
 _KINDS = tuple(dict.fromkeys((*_WIRE.values(), "ring")))
 _EXPECTS = {"all_to_all": "every id of an embedding is as likely"}
 _WIDENING = ("all_gather", "all_gather_cast", "all_gather_invariant", "place_shard")

@@ -223,6 +223,8 @@ def _cleaned(
     for old in traced.graph.nodes:
         if old.target in _ALIASES:
             copies[old] = copies[old.args[0]]
+        elif old.target is aten.copy.default and _is_same(*old.args[:2]):
+            copies[old] = copies[old.args[1]]  # written over all of another value
         elif old.target not in _DROPPED:
             copies[old] = new = copied(old)
             roles.set_value(new, roles.value(old))
@@ -230,6 +232,12 @@ def _cleaned(
     erase_dead(graph)
     used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     return Recording(graph, {name: x for name, x in kept.items() if name in used})
+
+
+def _is_same(to: Any, of: Any) -> bool:
+    """Whether a copy has the shape, dtype and device of what it copies."""
+    one, other = roles.value(to), roles.value(of)
+    return all(getattr(one, x) == getattr(other, x) for x in ("shape", "dtype", "device"))
 
 
 def wrap_draws(tape: Tape, site: int, axes: Sequence[str], apart: int) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "Peak",
     "is_view",
     "lifetimes",
+    "overwritable",
     "peak_memory",
     "shape_of",
     "sizes_of_values",
@@ -182,6 +183,29 @@ def write_backs(program: Program) -> dict[fx.Node, list[tuple[fx.Node, fx.Node]]
             old = inputs[output.updates]
             ready = max(new, last[root[old]], key=position.__getitem__)
             found.setdefault(ready, []).append((old, new))
+    return found
+
+
+def overwritable(program: Program) -> dict[fx.Node, list[tuple[fx.Node, fx.Node]]]:
+    """The fused updates that may write new values over their operands: (operand, new value).
+
+    Nothing reads an operand afterwards, and it is either memory of its own or the very input that
+    the new value replaces.
+    """
+    root = storages(program)
+    last = _last_uses(program, root)
+    replaced = {new: old for pairs in write_backs(program).values() for old, new in pairs}
+    found: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
+    for node in program.graph.find_nodes(op="call_function", target=ops.fused_adam.default):
+        results = {user.args[1]: user for user in node.users}
+        operands = (node.args[0], *node.args[2])
+        pairs = [(operand, results[i]) for i, operand in enumerate(operands) if i in results]
+        if len(pairs) == len(operands) and all(
+            last[root[old]] is node
+            and (replaced.get(new) is old if root[old].op == "placeholder" else True)
+            for old, new in pairs
+        ):
+            found[node] = pairs
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from moptrace.balance import Balance
 from moptrace.dropping import Dropping
 from moptrace.errors import PlanError
 from moptrace.placement import Layout, Placement, Shard
@@ -49,6 +50,8 @@ class Plan:
     them; by default where there are several chunks.
     ``dropping``: a capacity for each expert, and what happens to the tokens beyond it; by default
     none, and no token is dropped.
+    ``balance``: where some ranks of ``ep`` get many more rows than others, send rows and their
+    experts' weights from these to those; by default each rank computes its own experts' rows.
     ``count_tokens``: count each expert's tokens in a buffer of the model, ``tokens_per_expert``.
     ``pp`` (pipeline) is 1: larger sizes are refused until its pass exists.
 
@@ -74,6 +77,7 @@ class Plan:
     expert_chunks: str = "strided"
     recompute_experts: bool | None = None
     dropping: Dropping | None = None
+    balance: Balance | None = None
     count_tokens: bool = False
 
     def __str__(self) -> str:
@@ -115,6 +119,7 @@ class Plan:
                 "expert's rows to its capacity; a capacity bounds a rank's rows already, so leave "
                 "expert_tokens=None, or say pad=False"
             )
+        self._check_balance()
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
         for name in ("ep", "etp", "vp", "cp", "tp", "dp_replicate"):
             size = getattr(self, name)
@@ -155,6 +160,21 @@ class Plan:
         resolved._check_nesting(world_size)
         resolved._check_gathers(world_size)
         return resolved
+
+    def _check_balance(self) -> None:
+        """Ranks have different numbers of rows where these travel to their experts."""
+        if self.balance is None:
+            return
+        if self.dispatcher == "all-gather":
+            raise PlanError(
+                "balance moves rows that are sent to their experts, and dispatcher='all-gather' "
+                "sends none: say dispatcher='all-to-all', or balance=None"
+            )
+        if self.dropping and self.dropping.pad:
+            raise PlanError(
+                "with Dropping(pad=True) every expert has as many rows, so that there is nothing "
+                "to balance: say pad=False, or balance=None"
+            )
 
     def _check_gathers(self, world_size: int) -> None:
         """Tokens are gathered where groups of experts' ranks share sequences, or share none."""

@@ -20,7 +20,7 @@ from moptrace.core import Output, Pass, Program, chain, erase_dead
 from moptrace.costs import Machine
 from moptrace.errors import StepError
 from moptrace.kernels.host_memory import finish_copies
-from moptrace.liveness import Peak, peak_memory, write_backs
+from moptrace.liveness import Peak, overwritable, peak_memory, write_backs
 from moptrace.parallel import ParallelModule
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
 from moptrace.passes.checkpoint import checkpoint
@@ -531,7 +531,8 @@ def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
     """The program as a module that writes new values over old ones as early as it may.
 
     It takes the program's inputs in order and returns the outputs that replace none of them. What
-    reads a new value later on reads it where it was written, so that its own memory is free.
+    reads a new value later on reads it where it was written, so that its own memory is free. A
+    fused update that nothing hinders works in place.
     """
     module = program.module(device)
     nodes = dict(zip(program.nodes, module.graph.nodes, strict=True))
@@ -552,6 +553,17 @@ def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
         if output.updates is None
     ]
     module.graph.output_node().args = (tuple(kept),)
+    for node, pairs in overwritable(program).items():
+        nodes[node].target = ops.fused_adam_.default
+        for old, new in pairs:
+            nodes[new].replace_all_uses_with(nodes[old])
+            module.graph.erase_node(nodes[new])
+            for user in list(nodes[old].users):
+                if user.target is torch.ops.aten.copy_.default and user.args == (
+                    nodes[old],
+                    nodes[old],
+                ):
+                    module.graph.erase_node(user)
     erase_dead(module.graph)
     module.recompile()
     return module

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moptrace.balance import Balance
 from moptrace.dropping import RULES, SCOPES, Dropping
 from moptrace.errors import PlanError
 from moptrace.kernels.grouped_mm import expert_rows, grouped_mm
@@ -485,8 +486,8 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
     vocabulary over all ranks or some, dense weights copied or not, experts alike or sharded over
     ``edp``, the loss from whole logits or from blocks of them, embeddings gathered or looked up
     where their rows are, tokens sent to their experts at once or in chunks, kept for backward or
-    not, gathered instead, or dropped beyond a capacity. A plan that does not fit is changed where
-    it says so.
+    not, gathered instead, dropped beyond a capacity, or lent with their experts. A plan that does
+    not fit is changed where it says so.
     """
     st = _hypothesis()
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
@@ -510,7 +511,9 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
     def resolved(tokens: Any, experts: Any, **fields: Any) -> Plan:
         plan = Plan(**tokens, **experts, **fields)
         if plan.dropping and plan.dropping.pad:
-            plan = replace(plan, expert_tokens=None)
+            plan = replace(plan, expert_tokens=None, balance=None)
+        if plan.dispatcher == "all-gather":
+            plan = replace(plan, balance=None)
         for change in ({}, {"dispatcher": "all-to-all"}, {"vp": world_size}):
             plan = replace(plan, **change)
             try:
@@ -537,6 +540,7 @@ def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
         embedding_bytes=st.sampled_from([0, Plan.embedding_bytes]),
         dispatcher=st.sampled_from(["all-to-all", "all-to-all", "all-gather"]),
         dropping=st.none() | dropping,
+        balance=st.sampled_from([None, Balance(1.0, rows=1), Balance(1.5, 1.2, 7, guests=1)]),
         expert_tokens=st.sampled_from([None, 17, 40]),
         expert_chunks=st.sampled_from(["strided", "contiguous"]),
         recompute_experts=st.sampled_from([None, True, False]),

@@ -18,6 +18,7 @@ from moptrace import roles
 from moptrace.core import Level, Output, Pass, Program, State
 from moptrace.errors import StepError
 from moptrace.joint import Recording, Tape, record, splice
+from moptrace.kernels.fused_adam import Recorded
 from moptrace.roles import Component, Role
 from moptrace.updates import add_state
 
@@ -38,7 +39,7 @@ def apply_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str
     change it. Its other options are constants of the graph. Numbers that eager PyTorch reads from
     tensors, such as the count of steps, are read when the graph runs, and are computed with as it
     does. ``foreach`` and ``fused`` say how kernels are called and not what they compute: the plain
-    operators are recorded.
+    operators are recorded, but for the fused kernel of Adam and AdamW, which is one operator.
 
     Requires: ``differentiate``. Ensures: the optimizer's own arithmetic, operator by operator; the
     optimizer is not changed. Raises StepError for one that cannot be recorded or that mixes
@@ -165,7 +166,7 @@ class _Update:
             tape.work_on(Role(Component.OPTIMIZER))
             twin = self._twin(group, parameter, values)
             before = _constants(twin)
-            with torch.no_grad():
+            with torch.no_grad(), Recorded(values["lr"]):
                 step(twin)
             self._check_constants(before, _constants(twin))
             state = twin.state[values["parameter"]]
@@ -199,13 +200,16 @@ class _Update:
         shard = values["parameter"]
         shard.grad = values["gradient"]
         group = self.optimizer.param_groups[number]
-        is_tensor = isinstance(group["lr"], Tensor) or group.get("fused")
-        rate = values["lr"] if is_tensor else values["lr"].item()
+        is_fused = group.get("fused") and isinstance(self.optimizer, torch.optim.Adam)
+        # The fused kernels are told the rate as a tensor (Recorded), whatever the optimizer says.
+        rate = 0.0 if is_fused else values["lr"]
+        if not (is_fused or isinstance(group["lr"], Tensor)):
+            rate = values["lr"].item()
         state = {key: values[f"state_{key}"] for key in state_tensors(self.optimizer, parameter)}
         state |= _plain_state(self.optimizer, parameter)
         twin = object.__new__(type(self.optimizer))
         twin.__dict__.update(self.optimizer.__dict__)
-        options = _one_by_one(group, shard.device)
+        options = _one_by_one(group, shard.device, bool(is_fused))
         twin.param_groups = [{**group, **options, "params": [shard], "lr": rate}]
         twin.state = defaultdict(dict, {shard: state} if state else {})
         return twin
@@ -273,13 +277,15 @@ def learning_rate(group: Mapping[str, Any]) -> Tensor:
     return _own(rate) if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float64)
 
 
-def _one_by_one(group: Mapping[str, Any], device: torch.device) -> dict[str, bool]:
+def _one_by_one(group: Mapping[str, Any], device: torch.device, is_fused: bool) -> dict[str, bool]:
     """Options that ask for plain operators: those on lists take no numbers that a graph computes.
 
-    On a GPU, a fused optimizer has its count of steps there, as a capturable one has.
+    The fused kernel of Adam and AdamW is an operator of its own. On a GPU, another fused optimizer
+    has its count of steps there, as a capturable one has.
     """
-    options = {key: False for key in ("foreach", "fused") if group.get(key)}
-    if group.get("fused") and device.type == "cuda":
+    plain = ("foreach",) if is_fused else ("foreach", "fused")
+    options = {key: False for key in plain if group.get(key)}
+    if group.get("fused") and not is_fused and device.type == "cuda":
         options["capturable"] = True
     return options
 
@@ -289,7 +295,7 @@ def _identifier(key: str) -> str:
 
 
 _MAKES_NEW = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.clone)
-_SAME_ELEMENTS = (*_MAKES_NEW, aten._to_copy, aten.copy)
+_SAME_ELEMENTS = (*_MAKES_NEW, aten._to_copy, aten.copy, torch.ops.moptrace.fused_adam)
 
 
 def _mixes(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from moptrace.core import Pass, chain
+from moptrace.passes.balance_experts import balance_experts
 from moptrace.passes.bucket_gathers import bucket_gathers
 from moptrace.passes.causal_convolutions import causal_convolutions
 from moptrace.passes.chunk_experts import chunk_experts
@@ -83,6 +84,7 @@ def sharded(
         group_tokens(plan.dropping),
         report_replicated_tokens(asked=plan.context == "gather"),
         localize(pad=plan.dropping is not None and plan.dropping.pad),
+        balance_experts(plan.balance),
         chunk_experts(plan.expert_tokens, plan.expert_chunks, bool(plan.recompute_experts)),
         bucket_gathers(),
         fuse_experts(),

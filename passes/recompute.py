@@ -56,7 +56,7 @@ def regather(above: int = 0) -> Pass:
                 gathered[node] = False
             elif node.op != "call_function" or node.is_impure() or not node.all_input_nodes:
                 return False
-            elif all(x in gathered for x in node.all_input_nodes):
+            elif all(x in gathered for x in _of_parameters(node)):
                 row = collective(node.target)
                 large = row is not None and row.name in _GATHERS and _bytes(node) > above
                 gathered[node] = large or any(gathered[x] for x in node.all_input_nodes)
@@ -67,7 +67,7 @@ def regather(above: int = 0) -> Pass:
     return Pass("regather", rewrite, (("above", above),), (Level.STEP,), needs=("differentiate",))
 
 
-_GATHERS = ("all_gather", "all_gather_cast")
+_GATHERS = ("all_gather", "all_gather_cast", "send_experts")
 _AFTER_BACKWARD = (roles.Component.CLIPPING, roles.Component.OPTIMIZER)
 
 
@@ -109,6 +109,12 @@ def computed_again(program: Program, is_again: Callable[[fx.Node], bool]) -> Pro
             copies.clear()  # the next micro-batch's forward
     erase_dead(graph)
     return program.with_graph(graph)
+
+
+def _of_parameters(node: fx.Node) -> list[fx.Node]:
+    """The operands of which a value is made; who has which experts is decided once."""
+    row = collective(node.target)
+    return node.all_input_nodes[:1] if row and row.lends_experts else node.all_input_nodes
 
 
 def _needed_again(node: fx.Node) -> list[fx.Node]:

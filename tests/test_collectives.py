@@ -26,9 +26,12 @@ CONVERTING = [row for row in COLLECTIVES.values() if row.source and row.target]
 CONVERTING = [row for row in CONVERTING if (row.source, row.target) != (Rows, Rows)]
 PLAIN = [row for row in CONVERTING if not row.moves_rows and not row.of_slots]
 PLAIN += [row for row in COLLECTIVES.values() if row.of_slots]
+UNTYPED = [row for row in CONVERTING if row.casts or row.of_slots or row.lends_experts]
 WORLD = 3
 LENGTH = 7  # not a multiple of the ranks
 SLOTS = 2  # for each of as many experts
+PLACES = 5  # of which the ranks' own experts take 3, 3 and 1
+HOSTS = [0, 1, 2, 4, 6, 3, 4, 5, 2, -1, 6, 2, 3, 4, -1]
 
 
 @pytest.mark.parametrize("row", CONVERTING, ids=lambda row: row.name)
@@ -40,7 +43,7 @@ def test_a_gradient_is_carried_back_between_the_kinds_of_gradients(row: Collecti
 
 
 def test_every_pair_of_kinds_has_at_most_one_collective() -> None:
-    pairs = [(row.source, row.target) for row in CONVERTING if not (row.casts or row.of_slots)]
+    pairs = [(row.source, row.target) for row in CONVERTING if row not in UNTYPED]
     assert len(set(pairs)) == len(pairs)
     assert conversion(Rows("token"), Rows("expert")) is None
 
@@ -50,6 +53,8 @@ def _arguments(row: Collective) -> tuple[Any, ...]:
         return ("dp", 1, 5, 0, LENGTH)
     if row.of_slots:
         return ("dp", SLOTS, LENGTH)
+    if row.lends_experts:
+        return (torch.tensor(HOSTS), "dp", PLACES, LENGTH)
     if row.casts:
         return ("dp", 0, torch.float64, torch.float64, LENGTH)
     return ("dp", 0, LENGTH) if "int dim" in row.schema else ("dp",)
@@ -64,6 +69,8 @@ def _held(row: Collective, seed: int) -> list[Tensor]:
         own = Layout.of(WORLD).sizes(LENGTH, "dp")
         experts = own if row.name == "return_slots" else (LENGTH,) * WORLD
         return [torch.randn(n * ranks * SLOTS, 5, dtype=torch.float64) for n in experts]
+    if row.name == "return_experts":
+        return list(torch.randn(WORLD, PLACES, 5, dtype=torch.float64))
     if row.source is Shard:
         return list(
             torch.randn(LENGTH, 5, dtype=torch.float64).split(Layout.of(WORLD).sizes(LENGTH, "dp"))
@@ -75,7 +82,8 @@ def _held(row: Collective, seed: int) -> list[Tensor]:
 def _meant(row: Collective, parts: list[Tensor], arguments: tuple[Any, ...]) -> list[Tensor]:
     length = arguments[2] if row.name == "all_to_all" else arguments[-1]
     sizes = Layout.of(WORLD).sizes(length, "dp") if isinstance(length, int) else ()
-    return row.meaning(parts, sizes, *arguments[1:])
+    beside = [[x] * WORLD for x in arguments if isinstance(x, Tensor)]
+    return row.meaning(parts, sizes, *beside, *arguments[1 + len(beside) :])
 
 
 @pytest.mark.parametrize("row", PLAIN, ids=lambda row: row.name)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from _report import remark
-from moptrace import Dropping, Plan, Program, collectives, roles, rules, trace
+from moptrace import Balance, Dropping, Plan, Program, collectives, roles, rules, trace
 from moptrace.check import check
 from moptrace.collectives import COLLECTIVES
 from moptrace.errors import CheckError
@@ -99,6 +99,7 @@ def some_batch(seed: int, size: int = 12) -> dict[str, Tensor]:
 MOE = ModelSpec(
     style="canonical", experts=5, biases=True, shared="gated", attention="fused", balance=0.1
 )
+EAGERLY = Balance(threshold=1.0, rows=1)
 SUBJECTS: dict[str, tuple[Callable[[], nn.Module], int, Plan]] = {
     "experts over all ranks": (MOE.build, 3, Plan(ep=3)),
     "experts in groups": (MOE.build, 4, Plan(ep=2)),
@@ -106,6 +107,8 @@ SUBJECTS: dict[str, tuple[Callable[[], nn.Module], int, Plan]] = {
     "hidden units of experts": (MOE.build, 4, Plan(ep=2, etp=2)),
     # Of five experts, each of which may keep all tokens: nothing is dropped.
     "rows in slots": (MOE.build, 4, Plan(ep=2, etp=2, dropping=Dropping(2.5, pad=True))),
+    "experts lent": (MOE.build, 4, Plan(ep=2, etp=2, balance=EAGERLY)),
+    "experts lent in groups": (MOE.build, 4, Plan(ep=2, balance=EAGERLY)),
     "tokens gathered": (MOE.build, 4, Plan(ep=2, etp=2, dispatcher="all-gather")),
     "no expert parallelism": (MOE.build, 2, Plan(ep=1)),
     "reductions": (lambda: _seeded(Everything), 3, Plan(ep=1)),
@@ -135,7 +138,7 @@ def subject(label: str) -> Subject:
 
 # --- nodes that the passes insert -----------------------------------------------------------------
 
-ROWS = {ops.group_rows.default, ops.ungroup_rows.default}
+ROWS = {ops.group_rows.default, ops.ungroup_rows.default, ops.spread_pairs.default}
 PACKING = {ops.pack.default, ops.unpack.default}
 
 
@@ -242,8 +245,9 @@ def test_no_inserted_node_can_be_deleted_or_doubled_unnoticed() -> None:
 REACHED = {
     "all_gather", "all_gather_invariant", "all_reduce", "all_reduce_invariant", "vary",
     "take_shard", "all_to_all", "ring_attention", "ring_embedding_rows", "ring_vocab_projection",
-    "all_gather_rows", "reduce_scatter_rows", "sum of exchanged counts",
-    "exchange_counts", "send_rows", "return_rows", "group_rows", "ungroup_rows", "pack", "unpack",
+    "all_gather_rows", "reduce_scatter_rows", "send_experts", "sum of exchanged counts",
+    "exchange_counts", "send_rows", "return_rows", "group_rows", "ungroup_rows", "spread_pairs",
+    "pack", "unpack",
     "division of an average", "count of labels",
 }  # fmt: skip
 
