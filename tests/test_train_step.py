@@ -345,7 +345,7 @@ def test_the_step_is_one_flat_functional_graph_with_every_part_tagged() -> None:
     assert set(components[of_optimizer:]) == {Component.OPTIMIZER}
     experts = [n for n in program.nodes if isinstance(n.target, ExpertOperator)]
     assert all(roles.component(n) is Component.EXPERTS and roles.role(n).source for n in experts)
-    assert [roles.role(n).backward for n in experts] == [False, False, True, True]  # two layers
+    assert [roles.role(n).backward for n in experts] == [False, True]
 
 
 def test_ranks_with_even_shards_have_one_graph() -> None:
