@@ -20,9 +20,16 @@ from moptrace.passes.classify import classify
 from moptrace.passes.raise_experts import raise_experts
 from moptrace.roles import Component
 from moptrace.trace import trace
+from sweeps import sweep
 
 aten = torch.ops.aten
-STYLES = [*models.MODELS, *(f"{family}, grouped_mm" for family in models.FAMILIES), "dense"]
+FAMILIES = [f"{family}, grouped_mm" for family in models.FAMILIES]
+# One of each way to compute experts; tests/test_raise_experts.py brings all to one spelling.
+QUICK = [
+    *FAMILIES, "dense", "LoopWhere", "SortSlices", "OneHotEinsum", "DenseEinsum",
+    "LoopSkipEmpty, tied", "LoopWhere, balanced", "SortSlices, balanced",
+]  # fmt: skip
+STYLES = sweep([*models.MODELS, *FAMILIES, "dense"], quick=QUICK)
 
 
 def classified(model: nn.Module, batch: Any = None, **options: Any) -> Program:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from moptrace import Plan, Program, strategies, trace
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.raise_experts import WITHOUT_EXPERTS
 from moptrace.testing import ModelSpec, assert_same_step, eager_step, simulated_step, whole_state
+from sweeps import sweep
 
 LAYOUTS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 2))  # ranks, and over how many experts are split
 SEQUENCES = 12
@@ -116,8 +118,9 @@ GATES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("mix", GATES)
+@pytest.mark.parametrize(
+    ("mix", "k"), sweep(product(GATES, [1, 2]), quick=[*product(GATES, [2]), (GATES[0], 1)])
+)
 def test_all_experts_on_all_tokens_with_a_gate_that_zeroes_most(mix: Mix, k: int) -> None:
     model = written(mix, k=k)
     program = canonical_of(model)
@@ -213,8 +216,11 @@ HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("style", ["loop_where", "dense_loop", "sort_slices", "one_hot"])
-@pytest.mark.parametrize("hidden", HIDDEN)
+WRITTEN = ("loop_where", "dense_loop", "sort_slices", "one_hot")
+EACH = tuple(zip(HIDDEN, WRITTEN + WRITTEN[2:], strict=True))  # all of one, some of the other
+
+
+@pytest.mark.parametrize(("hidden", "style"), sweep(product(HIDDEN, WRITTEN), quick=EACH))
 def test_gradients_that_are_zero_by_structure(
     hidden: str, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

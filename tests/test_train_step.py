@@ -552,7 +552,7 @@ def test_real_ranks_with_uneven_shards(ranks: Pools) -> None:
 
 def on_rank_checkpoint(folder: str) -> None:
     """Save after two steps, go on under another plan, and arrive where one device does."""
-    first = parallel_of(SMALL, 4)
+    first = parallel_of(SMALL, 2)
     update = ADAMW(first.parameters())
     eager = Eager(SMALL.build(), all_of(ADAMW))
     step = train_step(first, update)
@@ -561,7 +561,7 @@ def on_rank_checkpoint(folder: str) -> None:
         eager.step(batch_of(number))
     state, optimizer_state = get_state_dict(first, update)
     checkpoint.save({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    second = parallel_of(SMALL, 2)
+    second = parallel_of(SMALL, 1)
     resumed = ADAMW(second.parameters())
     state, optimizer_state = get_state_dict(second, resumed)
     loaded = {"model": state, "optimizer": optimizer_state}
@@ -577,7 +577,7 @@ def on_rank_checkpoint(folder: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_goes_on_under_another_plan(ranks: Pools) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        ranks(4)(on_rank_checkpoint, folder)
+        ranks(2)(on_rank_checkpoint, folder)
 
 
 def on_rank_refused() -> None:
