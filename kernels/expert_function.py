@@ -180,8 +180,26 @@ def expert_function(
     return found
 
 
+# Every layer, every shape of the batch and every plan have experts that do the same.
+_joints: dict[Any, tuple[fx.Graph, dict[str, Tensor]]] = {}
+
+
 def _joint(graph: fx.Graph, operands: Sequence[Operand]) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Results and gradients in one graph, for any number of rows and experts; its constants."""
+    name = {node: f"%{at}" for at, node in enumerate(graph.nodes)}
+    written = tuple(
+        (node.op, node.target, repr(map_arg((node.args, node.kwargs), name.__getitem__)))
+        for node in graph.nodes
+    )
+    key = (written, tuple(operands))
+    if key not in _joints:
+        _joints[key] = _differentiated(graph, operands)
+    return _joints[key]
+
+
+def _differentiated(
+    graph: fx.Graph, operands: Sequence[Operand]
+) -> tuple[fx.Graph, dict[str, Tensor]]:
     run = fx.GraphModule(torch.nn.Module(), graph)
     floating = [x.dtype.is_floating_point for x in operands]
 

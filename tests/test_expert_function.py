@@ -251,3 +251,18 @@ def test_sums_over_the_rows_of_all_experts_are_refused() -> None:
     share = w(ops.group_sum.default, first, w.counts)
     with pytest.raises(ValueError, match="takes rows and sums over rows"):
         w.made(w.product(first, w(aten.unsqueeze.default, share, -1)))
+
+
+def test_functions_that_differ_in_an_argument_alone_are_differentiated_apart() -> None:
+    """Derivatives are kept by what a graph says, and a number is no operand."""
+    counts, rows = torch.tensor([2, 1]), torch.ones(3, 2, dtype=torch.float64)
+    weight = torch.ones(2, 2, 1, dtype=torch.float64)
+    for power in (1, 2, 3):
+        graph = fx.Graph()
+        given = [graph.placeholder(name) for name in ("counts", "rows", "weight")]
+        product = graph.call_function(module.PRODUCT, (given[1], given[2], given[0]))
+        graph.output((graph.call_function(aten.pow.Tensor_Scalar, (product, power)),))
+        operands = [Operand("rows", (2,), torch.float64), Operand("experts", (2, 1), torch.float64)]
+        leaf = rows.clone().requires_grad_()
+        expert_function(graph, operands)(counts, leaf, weight).sum().backward()
+        assert leaf.grad is not None and leaf.grad.unique().tolist() == [power * 2 ** (power - 1)]
