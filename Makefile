@@ -10,9 +10,10 @@ OLDEST_TORCH := 2.11.0
 OLDEST := .venv-oldest
 
 # Two workers keep two cores busy; each computes on one thread (tests/conftest.py). A file stays on
-# one worker, so that its tests share what they trace and the ranks that they start.
+# one worker, so that its tests share what they trace and the ranks that they start. Files go in
+# order of their names: those with fewest tests, which go last otherwise, are not the shortest.
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-oldest lint format bench clean

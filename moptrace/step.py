@@ -36,7 +36,7 @@ from moptrace.passes.shard_parameters import batch_sizes, is_split
 from moptrace.passes.stream_state import stream_state
 from moptrace.passes.update_early import update_early
 from moptrace.timeline import Timeline, measure, predict, write
-from moptrace.updates import Updates
+from moptrace.updates import Updates, makes_state
 
 __all__ = ["Stepper", "TrainStep", "train_step"]
 
@@ -83,11 +83,11 @@ def train_step(
     says otherwise, such as ``passes.stream_state.stream_state(bucket=2**28, slots=3)``. No choice
     changes a bit of the result.
 
-    ``schedule`` is a pass, or a chain
-    of passes, over what results: by default collectives start early, and are waited for late, while
-    others compute (``passes.default.overlapped``); with None they run where they stand. Gathering
-    parameters again in backward is ``chain(regather(), overlapped())``. With ``compile``, what lies
-    between products and collectives, and the optimizer, runs in kernels that Inductor makes.
+    ``schedule`` is a pass, or a chain of passes, over what results: by default collectives start
+    early, and are waited for late, while others compute (``passes.default.overlapped``); with None
+    they run where they stand. Gathering parameters again in backward is ``chain(regather(),
+    overlapped())``. With ``compile``, what lies between products and collectives, and the
+    optimizer, runs in kernels that Inductor makes.
 
         step = moptrace.train_step(model, optimizer, max_norm=1.0)
         loss = step(input_ids=ids, labels=labels)
@@ -166,7 +166,7 @@ class TrainStep:
         ):
             register(lambda *_: self._settle())
         self._versions: dict[str, int] = {}  # of what updates were left for
-        self._runs: dict[int, fx.GraphModule] = {}
+        self._runs: dict[Program, fx.GraphModule] = {}
         self._waiting: list[dict[str, Any]] = []
         self._program: Program | None = None
         self.grad_norm: Tensor | None = None
@@ -278,10 +278,10 @@ class TrainStep:
         inputs: Sequence[Tensor],
         run: Callable[[fx.GraphModule, Sequence[Tensor]], Any] | None = None,
     ) -> Any:
-        if id(program) not in self._runs:
+        if program not in self._runs:
             self._check_order(program)
-            self._runs[id(program)] = executable(program, self.model.device)
-        module, arguments = self._runs[id(program)], [*self._held(program), *inputs]
+            self._runs[program] = executable(program, self.model.device)
+        module, arguments = self._runs[program], [*self._held(program), *inputs]
         with torch.no_grad(), self.model.communicator:
             return run(module, arguments) if run else module(*arguments)
 
@@ -290,7 +290,8 @@ class TrainStep:
         signature = program.signature
         parameters = [_own(self.model.get_parameter(p.fqn)) for p in signature.parameters]
         buffers = [self.model.get_buffer(b.fqn) for b in signature.buffers]
-        self._stepper.send_to_host(program, self._like)
+        if self.model.device.type == "cuda":
+            self._stepper.send_to_host(program, self._like)
         return [*parameters, *buffers, *self._stepper.states(program)]
 
     @contextmanager
@@ -331,8 +332,8 @@ class TrainStep:
 
     def _check_order(self, program: Program) -> None:
         """Ranks that run collectives in different orders would wait for ever."""
-        orders = self.model.differences(order_of_collectives(program))
-        if orders:
+        order = order_of_collectives(program)
+        if order and (orders := self.model.differences(order)):
             at, names = next((i, x) for i, x in enumerate(zip_longest(*orders)) if len({*x}) > 1)
             raise StepError(
                 f"the ranks' steps differ from collective {at} on, which from rank 0 on is "
@@ -380,30 +381,30 @@ class Stepper:
         self._gradients: dict[Program, Program] = {}
         self._finished: dict[Any, Program] = {}  # with the optimizer, in the order of the step
         self._programs: dict[Any, Program] = {}
-        self._sources: dict[
-            Program, tuple[Any, Program]
-        ] = {}  # what a program was made for, of what
-        self._left: tuple[Any, Program] | None = None  # that of the step which left updates
+        # The kind of optimizer, and the finished step, that a program was made for and of.
+        self._sources: dict[Program, tuple[Any, Program]] = {}
+        self._left: tuple[Any, Program] | None = None  # those of the step that left updates
 
     def program(self, local: Program, device: torch.device | str = "cpu") -> Program:
         """The step of a local program, for the optimizer as it is now."""
         kind = self._kind()
         finished = self._finish(local, kind, device)
         how = self._early
-        if self.defers and not Updates(finished).makes_state:
+        if self.defers and not makes_state(finished):
             how = defer_updates() if self.pending else leave_updates()
-        key = (finished, how)
-        if key not in self._programs:
-            passes = [how, self._stream, self._schedule]
-            self._programs[key] = made = chain(*(p for p in passes if p))(finished)
-            self._sources[made] = (kind, finished)
-        return self._programs[key]
+        program = self._made(finished, how, self._stream, self._schedule)
+        self._sources[program] = (kind, finished)
+        return program
 
     def unfinished(self, only: Collection[str] | None = None) -> Program:
         """The updates that the last step left, of all parameters or of these alone."""
         assert self._left is not None
-        passes = [pending_updates(only), self._stream]
-        return chain(*(p for p in passes if p))(self._left[1])
+        return self._made(self._left[1], pending_updates(only), self._stream)
+
+    def _made(self, finished: Program, how: Pass | None, *others: Pass | None) -> Program:
+        if (key := (finished, how)) not in self._programs:
+            self._programs[key] = chain(*(p for p in (how, *others) if p))(finished)
+        return self._programs[key]
 
     @property
     def must_flush(self) -> bool:
@@ -473,9 +474,9 @@ class Stepper:
         return [given[entry.path] for entry in program.signature.states]
 
     def send_to_host(self, program: Program, like: Callable[[str, Tensor], Tensor]) -> None:
-        """Move the state that a program expects on the host there, if it is on a GPU."""
+        """Move the state that a program expects on the host there, from a GPU."""
         for entry in program.signature.states:
-            if entry.host and entry.parameter is not None:
+            if entry.host and entry.parameter and not entry.path.startswith(PENDING):
                 parameter = self._parameters[entry.parameter]
                 key = entry.path.removeprefix(f"{entry.parameter}.")
                 value = state_tensors(self.optimizer, parameter)[key]

@@ -19,7 +19,7 @@ from moptrace.core import Output, Program, State, ancestors
 from moptrace.placement import INVARIANT, Placement
 from moptrace.roles import Component
 
-__all__ = ["Operand", "Update", "Updates", "add_state"]
+__all__ = ["Operand", "Update", "Updates", "add_state", "makes_state"]
 
 _AFTER_BACKWARD = (Component.CLIPPING, Component.OPTIMIZER)
 
@@ -62,11 +62,6 @@ class Updates:
         self.updates = tuple(self._by_parameter())
         self.operands = self._operands()
 
-    @property
-    def makes_state(self) -> bool:
-        """Whether the optimizer has yet to make its state, which its first step does."""
-        return any(o.updates is None for pairs in self.outputs.values() for o, _ in pairs)
-
     def _nodes(self) -> set[fx.Node]:
         others = {node for _, node in self.others}
         found: set[fx.Node] = set()
@@ -104,6 +99,11 @@ class Updates:
                 found[operand] = Operand(f"{update.fqn}.operand_{number}", update.fqn)
                 number += 1
         return found
+
+
+def makes_state(program: Program) -> bool:
+    """Whether the optimizer has yet to make its state, which its first step does."""
+    return any(o.state_of and o.updates is None for o in program.signature.outputs)
 
 
 def add_state(

@@ -125,10 +125,11 @@ def test_options_count_from_the_step_in_which_they_are_set() -> None:
 # --- real ranks -----------------------------------------------------------------------------------
 
 
-def on_rank(state: str) -> None:
+def on_rank(place: str) -> None:
     """Every way to look at the model or the optimizer between steps sees what it should."""
     model = parallel_of(SMALL, 2)
     optimizer = ADAMW(model.parameters())
+    state = stream_state(bucket=500, gradients=True) if place == "host" else "device"
     step = train_step(model, optimizer, max_norm=0.5, updates="forward", state=state)
     eager = Eager(SMALL.build(), all_of(ADAMW), 0.5)
 
