@@ -8,7 +8,8 @@ does it in three ways: through autograd, and by ``train_step`` as one graph, as 
 Every system must first give the single-process model's loss, its gradients and its loss after one
 optimizer step to 1e-4; then the systems take turns, so that whatever else the machine does meets
 all of them. FSDP2 is tuned in the same run and its best setting is compared. The exit status is 1
-when a system is wrong, or moptrace slower than ``GATES`` allow: ``--no-gate`` reports only that.
+when a system is wrong, or moptrace's fastest way slower than ``GATES`` allow: ``--no-gate`` only
+reports that.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ COMPILE_LIMIT = 120.0  # seconds
 TRAIN_STEPS = {"train-step": False, "train-step-compiled": True}  # and whether it is compiled
 SYSTEMS = ("fsdp2", "by-hand", "moptrace", *TRAIN_STEPS)
 
-# What moptrace must reach, as its speed over another system's, by tokens per rank (None: any).
+# What moptrace's fastest way must reach, as its speed over another system's, by tokens per rank
+# (None: any).
 GATES: dict[tuple[str, int | None], float] = {
     ("by-hand", None): 0.95,
     ("fsdp2", 512): 10.4,
@@ -321,14 +323,15 @@ class Outcome:
         return self.median(slow) / self.median(fast)
 
     def failures(self) -> list[str]:
-        """The gates that moptrace misses."""
+        """The gates that moptrace misses with its fastest way."""
         found: list[str] = []
+        ours = [system for system in ("moptrace", *TRAIN_STEPS) if system in self.seconds]
         for (other, tokens), least in GATES.items():
-            if {other, "moptrace"} <= self.seconds.keys() and tokens in (None, self.tokens):
-                ratio = self.ratio("moptrace", other)
+            if ours and other in self.seconds and tokens in (None, self.tokens):
+                ratio, fastest = max((self.ratio(system, other), system) for system in ours)
                 if ratio < least:
                     found.append(
-                        f"moptrace runs at {ratio:.2f}x the speed of {other} at {self.tokens:,} "
+                        f"{fastest} runs at {ratio:.2f}x the speed of {other} at {self.tokens:,} "
                         f"tokens, under {least}x"
                     )
         return found
