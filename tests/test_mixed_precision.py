@@ -27,6 +27,7 @@ from moptrace.testing import (
     eager_step,
     whole_state,
 )
+from sweeps import sweep
 from test_train_step import ADAMW, Eager, all_of
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -46,12 +47,8 @@ PLANS = (
     # 13 words over vp=4, which are the ranks of cp and tp.
     (8, Plan(tp=2, cp=2, dp_replicate=4, ep=1, vp=4, logits_bytes=0, embedding_bytes=0)),
 )
-every_plan = pytest.mark.parametrize(("ranks", "plan"), PLANS, ids=str)
-some_plans = pytest.mark.parametrize(
-    ("ranks", "plan"),
-    [p if i % 4 == 0 else pytest.param(*p, marks=pytest.mark.slow) for i, p in enumerate(PLANS)],
-    ids=str,
-)
+many_plans = pytest.mark.parametrize(("ranks", "plan"), sweep(PLANS, quick=PLANS[::2]), ids=str)
+some_plans = pytest.mark.parametrize(("ranks", "plan"), sweep(PLANS, quick=PLANS[::4]), ids=str)
 
 
 def tokens(seed: int = 0, size: int = 8, length: int = 12) -> dict[str, Tensor]:
@@ -101,7 +98,7 @@ def assert_rounded_once(have: Step, want: Step) -> None:
 # --- parameters -----------------------------------------------------------------------------------
 
 
-@every_plan
+@many_plans
 def test_float32_parameters_of_a_model_computed_in_float64(ranks: int, plan: Plan) -> None:
     policy = MixedPrecisionPolicy(param_dtype=F64)
     assert_rounded_once(step_of(F32, policy, ranks, plan), wanted(F32, policy))
