@@ -165,7 +165,7 @@ class TrainStep:
             optimizer.register_load_state_dict_pre_hook,
         ):
             register(lambda *_: self._settle())
-        self._versions: dict[str, int] = {}  # of what updates were left for
+        self._versions: dict[str, int] = {}  # of what updates were left for, by path
         self._runs: dict[Program, fx.GraphModule] = {}
         self._waiting: list[dict[str, Any]] = []
         self._program: Program | None = None
@@ -251,8 +251,7 @@ class TrainStep:
         model.unfinished = None
         if self._stepper.pending:
             model.unfinished = self.flush
-            held = zip(program.signature.names, self._held(program), strict=False)
-            self._versions = {name: x._version for name, x in held}
+            self._versions = {path: x._version for path, x in self._updated(program)}
         return results[0]
 
     def flush(self) -> None:
@@ -322,9 +321,22 @@ class TrainStep:
             )
 
     def _written(self, program: Program) -> set[str]:
-        """The inputs that were written since the last step left updates."""
-        held = zip(program.signature.names, self._held(program), strict=False)
-        return {name for name, x in held if self._versions.get(name, x._version) != x._version}
+        """The paths of what was written since the last step left updates of it."""
+        updated = self._updated(program)
+        return {path for path, x in updated if self._versions.get(path, x._version) != x._version}
+
+    def _updated(self, program: Program) -> Iterator[tuple[str, Tensor]]:
+        """What pending updates belong to: parameters, their state, and what waits, by path.
+
+        Buffers and learning rates are the user's to write at any time.
+        """
+        signature, held = program.signature, self._held(program)
+        for parameter, x in zip(signature.parameters, held, strict=False):
+            yield parameter.fqn, x
+        states = held[len(signature.parameters) + len(signature.buffers) :]
+        for state, x in zip(signature.states, states, strict=True):
+            if state.parameter is not None or state.path.startswith(PENDING):
+                yield state.path, x
 
     def _forget(self) -> None:
         self._stepper.flushed()
@@ -412,11 +424,11 @@ class Stepper:
         return bool(self.pending) and (self._left is None or self._left[0] != self._kind())
 
     def not_among(self, written: Collection[str]) -> Program | None:
-        """The pending updates that have not run, if these inputs were written."""
+        """The pending updates that have not run, if what has these paths was written."""
         assert self._left is not None
         found: list[str] = []
         for fqn, pairs in Updates(self._left[1]).outputs.items():
-            own = [output.updates in written for output, _ in pairs]
+            own = [output.path in written for output, _ in pairs]
             if any(own) and not all(own):
                 raise StepError(
                     f"the step failed in the midst of the update of {fqn}, whose state is lost; "

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch import fx
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 
-from moptrace import Program, errors, roles, train_step
+from moptrace import Plan, Program, errors, parallelize, roles, train_step
 from moptrace.core import Pass, chain
 from moptrace.liveness import peak_memory, sizes_of_values
 from moptrace.passes.default import overlapped
@@ -167,6 +170,28 @@ def on_rank(place: str) -> None:
 @pytest.mark.parametrize("state", ["device", "host"])
 def test_whoever_looks_sees_finished_updates(state: str, ranks: Pools) -> None:
     ranks(2)(on_rank, state)
+
+
+def on_rank_of_a_training_loop() -> None:
+    """A learning rate in a tensor, and a buffer, are written between steps, as loops do."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    local = {k: v[:4] for k, v in batch_of(99).items()}
+    model = parallelize(SMALL.build(), mesh, Plan(ep=2, count_tokens=True), batch=local)
+    rates = [torch.tensor(0.0, dtype=torch.float64) for _ in range(2)]
+    eager = Eager(SMALL.build(), all_of(partial(ADAMW, lr=rates[1])))
+    step = train_step(model, ADAMW(model.parameters(), lr=rates[0]), updates="forward")
+    for number in range(5):
+        for rate in rates:
+            rate.fill_(0.01 / (number + 1))
+        assert_close(step(**model.local_batch(batch_of(number))), eager.step(batch_of(number))[0])
+        counts = model.get_buffer("tokens_per_expert")
+        assert int(counts.sum()) == 8 * 6 * SMALL.k
+        counts.zero_()
+    assert_same_weights(model.full_state_dict(), whole_state(eager.model))
+
+
+def test_a_training_loop_writes_rates_and_buffers(ranks: Pools) -> None:
+    ranks(2)(on_rank_of_a_training_loop)
 
 
 def on_rank_of_refused_batches() -> None:
