@@ -428,6 +428,19 @@ class Layout:
         named = ((v, a) for v in self.views for a in zip(v.spans(), v.axes, strict=True))
         return next((axis.name for _, (span, axis) in named if span == (low, high)), None)
 
+    def same_ranks(self, one: str, other: str) -> bool:
+        """Whether two axes, of any views, have the same groups of ranks.
+
+        >>> Layout.of(8, ep=2, tp=2).same_ranks("tp", "ep")
+        True
+        """
+        views = self.view_of(one), self.view_of(other)
+        first, second = (
+            list(view.spans())[view.index(name)]
+            for view, name in zip(views, (one, other), strict=True)
+        )
+        return first == second
+
     def said_along(self, placement: Placement, axis: str) -> Placement | None:
         """The placement in a view that has ``axis``, if one can say it."""
         views = [v for v in self.views if any(a.name == axis for a in v.axes)]

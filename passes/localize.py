@@ -249,8 +249,8 @@ class _Localizer:
             return self._counts_of_slots(node, axis, after)
         if _counts_rows(x) and before == PARTIAL and after == Shard(0):
             self._table(x, axis)
-        if before == PARTIAL and (x, axis) in self.tables:  # which says the counts of all ranks
-            table = self.tables[x, axis]
+        table = self.tables.get(self._key(x, axis))
+        if before == PARTIAL and table is not None:  # which says the counts of all ranks
             return self._call(node, aten.sum.dim_IntList, (table, [0]), None)
         name = conversion(before, after)
         assert name is not None, f"no collective from {source} to {target}"
@@ -338,9 +338,14 @@ class _Localizer:
         roles.set_role(rows, placements=(arrival,))
         return self._call(node, ops.return_rows.default, (rows, own, table, axis, experts), None)
 
+    def _key(self, counts: fx.Node, axis: str) -> tuple[fx.Node, str]:
+        """What a table is found by: one serves all names of the same ranks."""
+        names = (a.name for view in self.layout.views for a in view.axes)
+        return counts, next(name for name in names if self.layout.same_ranks(name, axis))
+
     def _table(self, counts: fx.Node, axis: str) -> fx.Node:
         """How many rows of each own expert come from each rank."""
-        key = (counts, axis)
+        key = self._key(counts, axis)
         if key not in self.tables:
             experts = roles.tensor(counts).shape[0]
             args = (self.new[counts], axis, experts)
@@ -353,7 +358,7 @@ class _Localizer:
 
     def _table_of_all(self, counts: fx.Node, axis: str) -> fx.Node:
         """How many rows of each own expert every rank has."""
-        key = (counts, axis)
+        key = self._key(counts, axis)
         if key not in self.tables:
             ranks, (own,) = self.layout.size(axis), self._local_value(counts).shape
             held = self._said(counts, axis)
