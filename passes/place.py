@@ -328,7 +328,7 @@ class _Placer:
             return self._move_under(x, now, wanted, before)
         simplest = self._simplest(now)
         now, wanted = self._shortest(x, now, wanted)
-        if self._splits_as_one(now) and x not in self.activations:
+        if self._splits_as_one(now) and x in self.of_parameters:
             kind = INVARIANT if INVARIANT in wanted.kinds else REPLICATE
             whole = simplest
             for axis in _split_axes(simplest):
