@@ -35,6 +35,7 @@ from moptrace.kernels.linear_cross_entropy import (
     vocab_shard_gradients,
     vocab_shard_statistics,
 )
+from moptrace.placement import chunk_sizes
 
 __all__ = [
     "RINGS",
@@ -49,6 +50,7 @@ __all__ = [
     "drive_together",
     "ring",
     "ring_backward",
+    "ring_places",
 ]
 
 Tensors: TypeAlias = tuple[Tensor, ...]
@@ -493,6 +495,18 @@ def _places(sizes: Sequence[int], window: Sight, fixed: bool) -> _Places:
         if 1.1 * _most_work(mirrored, window) < _most_work(spans, window):
             return _Places(mirrored, True, _reach(mirrored, window))
     return _Places(spans, False, _reach(spans, window))
+
+
+def ring_places(tokens: int, ranks: int, sight: Sight, fixed: bool) -> tuple[int, int]:
+    """To how many other ranks keys travel, and how many of a rank's tokens change places before.
+
+    >>> ring_places(16, 4, Sight(right=0), fixed=False)
+    (3, 2)
+    """
+    sizes = tuple(chunk_sizes(tokens, (ranks,)))
+    places = _places(sizes, sight, fixed)
+    kept = places.spans[0][0].length if places.are_exchanged else sizes[0]
+    return places.reach, sizes[0] - kept
 
 
 def _halves(span: Span) -> tuple[Span, Span]:

@@ -12,7 +12,7 @@ from moptrace import roles
 from moptrace.core import Level, Pass, Program
 from moptrace.passes.axes import argument, shape
 
-__all__ = ["fuse_embedding"]
+__all__ = ["fuse_embedding", "is_lookup"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -54,14 +54,15 @@ def _lookups(weight: fx.Node) -> Sequence[fx.Node]:
     """The lookups of a weight; none if anything else needs it whole."""
     found: list[fx.Node] = []
     for user in weight.users:
-        if _is_plain(user) and user.args[0] is weight:
+        if is_lookup(user) and user.args[0] is weight:
             found.append(user)
         elif user.target is not ops.vocab_projection.default or user.args[1] is not weight:
             return []
     return found
 
 
-def _is_plain(node: fx.Node) -> bool:
+def is_lookup(node: fx.Node) -> bool:
+    """Whether a node takes rows of a weight, with an ordinary gradient."""
     if node.target is not aten.embedding.default:
         return False
     special = argument(node, 3, "scale_grad_by_freq", False) or argument(node, 4, "sparse", False)

@@ -18,7 +18,7 @@ from moptrace.core import Level, Pass, Program, Signature, erase_dead
 from moptrace.passes.axes import CASTS, argument, packet, shape
 from moptrace.trace import OutputIndex
 
-__all__ = ["LogitsWarning", "fuse_vocabulary"]
+__all__ = ["Fusion", "LogitsWarning", "fuse_vocabulary", "fusions"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -45,13 +45,10 @@ def fuse_vocabulary(at_least: int = 0, keep_logits: bool = False) -> Pass:
         graph, _ = program.copy_graph()
         end = graph.output_node()
         changed = False
-        for node in list(graph.nodes):
-            found = _Fusion.of(node) if node.target in _ENTROPIES else None
-            if found is None or found.bytes < at_least:
+        for found in fusions(graph):
+            if found.bytes < at_least:
                 continue
-            casts = [u for u in found.others() if _only_shown(u, end)]
-            if not all(u is end or u in casts or found.serves(u) for u in found.others()):
-                continue
+            casts = found.shown(end)
             found.rewrite()
             changed = True
             if any(end in n.users for n in (*found.chain, *casts)):
@@ -77,6 +74,17 @@ def fuse_vocabulary(at_least: int = 0, keep_logits: bool = False) -> Pass:
     )
 
 
+def fusions(graph: fx.Graph) -> Iterator[Fusion]:
+    """The losses over a vocabulary whose logits nothing else needs."""
+    end = graph.output_node()
+    for node in list(graph.nodes):
+        found = Fusion.of(node) if node.target in _ENTROPIES else None
+        if found is not None:
+            free = {end, *found.shown(end)}
+            if all(user in free or found.serves(user) for user in found.others()):
+                yield found
+
+
 _ENTROPIES = (aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default)
 _MEAN, _SUM = 1, 2
 _VIEWS = {aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unsqueeze, aten.squeeze}
@@ -84,7 +92,7 @@ _MOVES = {*_VIEWS, aten.slice}
 
 
 @dataclass(frozen=True)
-class _Fusion:
+class Fusion:
     """A cross entropy and the chain of nodes from the projection, the first, to its logits."""
 
     loss: fx.Node
@@ -96,7 +104,7 @@ class _Fusion:
     softcap: float | None
 
     @classmethod
-    def of(cls, loss: fx.Node) -> _Fusion | None:
+    def of(cls, loss: fx.Node) -> Fusion | None:
         """Follow a loss's logits back to a product with the vocabulary's weight."""
         logits, target = loss.args[:2]
         assert isinstance(logits, fx.Node) and isinstance(target, fx.Node)
@@ -136,6 +144,16 @@ class _Fusion:
     def bytes(self) -> int:
         value = roles.tensor(self.chain[-1])
         return value.numel() * value.element_size()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are projected."""
+        cut = _Tokens.of(self).cut
+        return math.prod(shape(self.hidden if cut is not None else self.chain[-1])[:-1])
+
+    def shown(self, end: fx.Node) -> list[fx.Node]:
+        """The casts of the logits for the model's output alone."""
+        return [user for user in self.others() if _only_shown(user, end)]
 
     def others(self) -> Iterator[fx.Node]:
         """What else uses the logits."""
@@ -229,7 +247,7 @@ class _Tokens:
     cut: fx.Node | None
 
     @classmethod
-    def of(cls, fusion: _Fusion) -> _Tokens:
+    def of(cls, fusion: Fusion) -> _Tokens:
         moves = [node for node in fusion.chain[1:] if _moves_tokens(node)]
         cuts = [node for node in moves if packet(node) is aten.slice]
         if len(cuts) != 1 or argument(cuts[0], 4, "step", 1) != 1 or moves[0] is not cuts[0]:
@@ -445,7 +463,7 @@ def _without(signature: Signature, end: fx.Node, gone: set[fx.Node]) -> Signatur
     )
 
 
-def _kept(found: _Fusion) -> str:
+def _kept(found: Fusion) -> str:
     return (
         f"the model returns its logits, so they are held whole: {found.bytes:,} bytes over all "
         f"ranks ({roles.where(found.chain[0])}). Leave them out to save these."

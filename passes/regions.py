@@ -17,7 +17,7 @@ from moptrace.placement import Kind, Shard
 from moptrace.reshard import constrain
 from moptrace.rules import Rule, operands, rule_for
 
-__all__ = ["Finder", "Product", "Region", "ask"]
+__all__ = ["PRODUCTS", "Finder", "Product", "Region", "ask"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -34,7 +34,7 @@ class Product:
     @classmethod
     def of(cls, node: fx.Node, own: set[fx.Node]) -> Product | None:
         """The node as a product of one activation with one weight; None if it is none."""
-        rule = rule_for(node) if node.op == "call_function" and node.target in _PRODUCTS else None
+        rule = rule_for(node) if node.op == "call_function" and node.target in PRODUCTS else None
         if rule is None:
             return None
         beside = {*rule.added, rule.counts}
@@ -54,7 +54,7 @@ class Product:
         return found[0] if len(found) == 1 and self.rule.summed else None
 
 
-_PRODUCTS = {
+PRODUCTS = {
     aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default,
     aten.einsum.default, ops.grouped_mm.default,
 }  # fmt: skip

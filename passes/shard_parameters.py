@@ -26,6 +26,7 @@ __all__ = [
     "is_split",
     "shard_batch",
     "shard_parameters",
+    "storage",
 ]
 
 
@@ -54,7 +55,7 @@ def shard_parameters(
             if held is None:
                 dim = experts.get(parameter.name)
                 asked = [] if dim is None else [("ep", Shard(dim))]
-                held = _storage(parameter.shape, [*asked, *_asked(node)], layout, edp)
+                held = storage(parameter.shape, [*asked, *_asked(node)], layout, edp)
             roles.set_role(node, placements=(layout.normalised(held),))
         for buffer in program.signature.buffers:
             alike = Placement.uniform(layout.home, INVARIANT)
@@ -74,7 +75,7 @@ def _asked(parameter: fx.Node) -> Iterator[tuple[str, Shard]]:
                 yield axis, kind
 
 
-def _storage(
+def storage(
     shape: tuple[int, ...], asked: Sequence[tuple[str, Shard]], layout: Layout, edp: str
 ) -> Placement:
     """How the ranks hold a parameter between its uses."""

@@ -1,0 +1,489 @@
+"""What a plan costs a model, from formulas: bytes moved and memory on one rank, without a program.
+
+``estimate`` chooses the mechanisms of a plan for each site of a model (``sites.py``) as the passes
+do, and puts its sizes into their formulas (``mechanisms.py``). A model is read once; after that, a
+plan takes milliseconds.
+
+Where the passes do something else, with a note, the numbers differ from what ``explain`` counts on
+the graph; ``Explanation.formulas`` prints both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from rich import box
+from rich.table import Table
+from sympy import Symbol
+
+from moptrace import mechanisms as of
+from moptrace.collectives import COLLECTIVES
+from moptrace.core import Program
+from moptrace.mechanisms import MECHANISMS, Mechanism
+from moptrace.passes.shard_parameters import storage
+from moptrace.placement import Placement, Shard, chunk_sizes
+from moptrace.plan import Plan
+from moptrace.rings import ring_places
+from moptrace.roles import Component
+from moptrace.sites import Attention, Block, Change, Lookup, Model, Movement, Projection, Weight
+
+__all__ = ["Cost", "Estimate", "estimate"]
+
+Sizes: TypeAlias = dict[Symbol, float]
+Use: TypeAlias = tuple[Mechanism, Sizes]
+
+_INTEGER = torch.int64.itemsize
+# What is the width of a value that a collective moves along ``tp``.
+_WIDTHS = {"all_gather": of.H, "all_to_all": of.H, "reduce_scatter": of.O, "all_reduce": of.D}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A mechanism at all of its sites: ``bytes`` by what they are of, as its expressions are."""
+
+    mechanism: Mechanism
+    sites: int
+    bytes: Mapping[str, float]
+
+    def sent(self, kind: str) -> float:
+        """The bytes that a rank sends by one kind of collective."""
+        return sum(self.bytes.get(f"{kind} {way}", 0) for way in ("forward", "backward"))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan costs a model on one rank, mechanism by mechanism.
+
+    ``counted`` are the bytes moved that ``explain`` counted on the graph, for comparison.
+    """
+
+    plan: Plan
+    world_size: int
+    costs: tuple[Cost, ...]
+    counted: Mapping[str, int] | None = field(default=None)
+
+    @cached_property
+    def moved(self) -> Mapping[str, int]:
+        """The bytes that a rank sends in a step, by kind of collective."""
+        kinds = dict.fromkeys(sent.kind for m in MECHANISMS for sent in m.sent)
+        found = {kind: round(sum(cost.sent(kind) for cost in self.costs)) for kind in kinds}
+        return {kind: bytes_ for kind, bytes_ in found.items() if bytes_}
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that a rank sends in a step, expected where routing or ids decide."""
+        return sum(self.moved.values())
+
+    @cached_property
+    def worst_moved(self) -> Mapping[str, int]:
+        """The same under the worst routing."""
+        found: Counter[str] = Counter()
+        for cost in self.costs:
+            for sent in cost.mechanism.sent:
+                worst = cost.bytes.get(f"{sent.kind} worst")
+                found[sent.kind] += round(cost.sent(sent.kind) if worst is None else worst)
+        return {kind: bytes_ for kind, bytes_ in found.items() if bytes_}
+
+    @property
+    def stored(self) -> int:
+        """Bytes of parameters that the fullest rank stores."""
+        return self._total("stored")
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of their gradients."""
+        return self._total("gradients")
+
+    @property
+    def kept(self) -> int:
+        """Bytes that collectives bring in forward and backward needs."""
+        return self._total("kept")
+
+    @property
+    def buffer(self) -> int:
+        """Bytes of the largest value that a collective brings."""
+        return round(max((cost.bytes.get("buffer", 0) for cost in self.costs), default=0))
+
+    def of(self, mechanism: Mechanism) -> Cost:
+        """The cost of a mechanism; KeyError if the plan does not choose it."""
+        for cost in self.costs:
+            if cost.mechanism is mechanism:
+                return cost
+        raise KeyError(mechanism.name)
+
+    def _total(self, what: str) -> int:
+        return round(sum(cost.bytes.get(what, 0) for cost in self.costs))
+
+    def __str__(self) -> str:
+        from moptrace.explain import printed
+
+        meanings = (f"{symbol} = {of.SYMBOLS[symbol]}" for symbol in self._symbols())
+        return "\n".join([printed(self._table()), printed(self._totals()), *meanings])
+
+    def _symbols(self) -> list[Symbol]:
+        used = {symbol for cost in self.costs for symbol in cost.mechanism.symbols}
+        return [symbol for symbol in of.SYMBOLS if symbol in used]
+
+    def _table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("mechanism, where the formula is from")
+        table.add_column("of", no_wrap=True)
+        table.add_column("formula")
+        table.add_column("bytes", justify="right", no_wrap=True)
+        for cost in self.costs:
+            first = f"{cost.mechanism.name}, x{cost.sites} ({cost.mechanism.source})"
+            for what, expression in cost.mechanism.expressions.items():
+                if cost.bytes[what]:
+                    table.add_row(first, what, _spelled(expression), f"{cost.bytes[what]:,.0f}")
+                    first = ""
+            table.add_section()
+        return table
+
+    def _totals(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in ("together", "formulas", "under any routing", "counted on the graph"):
+            table.add_column(name, justify="left" if name == "together" else "right")
+        counted, worst = self.counted or {}, self.worst_moved
+        for kind in dict.fromkeys((*self.moved, *counted)):
+            seen = f"{counted.get(kind, 0):,}" if self.counted is not None else ""
+            table.add_row(kind, f"{self.moved.get(kind, 0):,}", f"{worst.get(kind, 0):,}", seen)
+        for name in ("stored", "gradients", "kept"):
+            table.add_row(name, f"{getattr(self, name):,}", "", "")
+        return table
+
+
+def _spelled(expression: object) -> str:
+    """
+    >>> from sympy import Symbol, ceiling
+    >>> _spelled(ceiling(Symbol("x")) ** 2)
+    'ceil(x)**2'
+    """
+    return str(expression).replace("ceiling(", "ceil(")
+
+
+def estimate(
+    model: Model | Program,
+    plan: Plan,
+    world_size: int,
+    masters: Mapping[str, torch.dtype] | None = None,
+) -> Estimate:
+    """What a resolved plan costs a model on each of so many ranks, from formulas.
+
+    ``model`` is a program that was made from a canonical one, or the sites that were read of it:
+    read once, they serve every plan. ``masters`` are the dtypes in which parameters are held, by
+    the user's names, where these are not the ones in which the model computes.
+
+    >>> from moptrace.testing import ModelSpec
+    >>> from moptrace.passes.default import canonical
+    >>> import torch, moptrace
+    >>> batch = {"tokens": torch.zeros(4, 8, dtype=torch.int64), "labels": torch.zeros(4, 8, dtype=torch.int64)}
+    >>> program = canonical()(moptrace.trace(ModelSpec(experts=4).build(), batch))
+    >>> model = Model(program)
+    >>> [estimate(model, Plan(ep=ep).resolve(4, [4]), 4).moved["all_gather"] for ep in (1, 2, 4)]
+    """
+    found = model if isinstance(model, Model) else Model(model)
+    uses = _Chooser(found, plan, world_size, masters or {}).uses()
+    together: Counter[tuple[Mechanism, frozenset[tuple[Symbol, float]]]] = Counter()
+    for mechanism, sizes in uses:
+        needed = ((symbol, sizes[symbol]) for symbol in mechanism.symbols)
+        together[mechanism, frozenset(needed)] += 1
+    costs = (_cost(mechanism, together) for mechanism in MECHANISMS)
+    return Estimate(plan, world_size, tuple(cost for cost in costs if cost.sites))
+
+
+def _cost(
+    mechanism: Mechanism,
+    uses: Mapping[tuple[Mechanism, frozenset[tuple[Symbol, float]]], int],
+) -> Cost:
+    """The bytes of a mechanism at all of its sites; of buffers the largest."""
+    total: dict[str, float] = dict.fromkeys(mechanism.expressions, 0.0)
+    sites = 0
+    for (used, sizes), times in uses.items():
+        if used is mechanism:
+            sites += times
+            for what, bytes_ in mechanism.at(dict(sizes)).items():
+                more = max(total[what], bytes_) if what == "buffer" else total[what] + times * bytes_
+                total[what] = more
+    return Cost(mechanism, sites, total)
+
+
+# --- which mechanisms a plan chooses --------------------------------------------------------------
+
+
+class _Chooser:
+    """The choices of one plan for one model."""
+
+    def __init__(
+        self, model: Model, plan: Plan, world_size: int, masters: Mapping[str, torch.dtype]
+    ):
+        assert plan.ep is not None and plan.vp is not None, "resolve the plan first"
+        self.model, self.plan, self.world, self.masters = model, plan, world_size, masters
+        self.layout = plan.layout(world_size)
+        self.split = model.shared("tp", plan.tp)
+        self.split_experts = model.shared("etp", plan.etp)
+        self.parts = plan.cp * plan.tp  # of each sequence
+        self.dp = world_size // self.parts
+        self.projections = [p for p in model.projections if self._is_fused(p)]
+        self.lookups = [lookup for lookup in model.lookups if self._is_fetched(lookup)]
+        self.sizes: Sizes = {
+            of.W: world_size, of.dp: self.dp, of.cp: plan.cp, of.tp: plan.tp,
+            of.ep: plan.ep, of.etp: plan.etp, of.vp: plan.vp, of.i: _INTEGER,
+        }  # fmt: skip
+
+    def uses(self) -> Iterator[Use]:
+        """Every mechanism at every site, with the sizes that its formulas need."""
+        for weight in self.model.weights:
+            yield from self._weight(weight)
+        if self.world == 1:
+            return
+        yield from map(self._movement, self.split.moved)
+        if self.plan.cp > 1:
+            for attention in self.model.attentions:
+                yield self._attention(attention)
+        for block in self.model.blocks:
+            yield from self._block(block)
+        if self.plan.vp != 1:
+            yield from map(self._projection, self.projections)
+            yield from (use for lookup in self.lookups for use in self._fetches(lookup))
+        yield from self._changes()
+
+    def _use(self, mechanism: Mechanism, tokens: float, itemsize: int, sizes: Sizes) -> Use:
+        given: Sizes = {
+            of.N: tokens, of.n: self._of_a_rank(tokens), of.b: itemsize, of.a: max(itemsize, 4),
+        }  # fmt: skip
+        return mechanism, self.sizes | given | sizes
+
+    def _of_a_rank(self, tokens: float) -> float:
+        """Of so many tokens in the batch, those of the rank that has most."""
+        sequences = self.model.batch[0]
+        if tokens % (sequences * self.parts):
+            return math.ceil(tokens / self.world)
+        return math.ceil(sequences / self.dp) * tokens / (sequences * self.parts)
+
+    # --- weights ---
+
+    def _weight(self, weight: Weight) -> Iterator[Use]:
+        asked = list(self._asked(weight))
+        held = storage(weight.shape, asked, self.layout, self.plan.edp)
+        place = self._place(weight, held, asked)
+        policy = self.plan.mixed_precision
+        stored = self._stored(weight)
+        used, added = weight.dtype, weight.dtype
+        if used.is_floating_point:
+            if weight.component == Component.ROUTER and policy.router_dtype:
+                used = torch.promote_types(used, policy.router_dtype)
+            added = policy.reduced_in(used)
+        sizes: Sizes = {
+            of.x: place.length, of.y: place.beside,
+            of.G: place.gathered if weight.used else 1, of.R: place.copies,
+            of.w: used.itemsize, of.r: added.itemsize, of.s: stored.itemsize,
+            of.trained: weight.trained and weight.used,
+            of.again: weight.kept and place.gathered > 1,
+        }  # fmt: skip
+        if not weight.used:  # it is stored in slices as any other
+            sizes |= {of.G: place.gathered, of.w: 0, of.r: 0, of.again: 0}
+        yield of.WEIGHTS, self.sizes | sizes
+        for ranks in place.exchanged:
+            yield of.FUSED, self.sizes | sizes | {of.P: ranks}
+
+    def _place(
+        self, weight: Weight, held: Placement, asked: Sequence[tuple[str, Shard]]
+    ) -> _Place:
+        """Which ranks have which slices of a weight, and what a rank uses of it.
+
+        Along an axis that a use asks for, in any view's words, it takes that split; along others it
+        takes all.
+        """
+        used, gathered, along = list(weight.shape), 1, 0
+        copies, exchanged = 1, list[int]()
+        stays = self._stays(weight)
+        for axis, kind in zip(held.view.axes, held.kinds, strict=True):
+            wanted = (split for name, split in asked if self.layout.same_ranks(name, axis.name))
+            split = kind if axis.name == stays else next(wanted, None)
+            if axis.size == 1:
+                continue
+            if not isinstance(kind, Shard):
+                copies *= axis.size
+            elif isinstance(split, Shard):
+                used[split.dim] = -(-used[split.dim] // axis.size)
+                exchanged += [axis.size] * (split != kind)
+            else:
+                along = kind.dim if gathered == 1 else along
+                gathered *= axis.size
+        length = used[along] if used else 1
+        return _Place(length, math.prod(used) // max(length, 1), gathered, copies, tuple(exchanged))
+
+    def _asked(self, weight: Weight) -> Iterator[tuple[str, Shard]]:
+        """How the passes ask for a weight to be split, in their order."""
+        if weight.experts is not None and self.sizes[of.ep] > 1:
+            yield "ep", Shard(weight.experts)
+        for axis, shared in (("tp", self.split), ("etp", self.split_experts)):
+            yield from ((axis, kind) for kind in shared.asked.get(weight.name, ()))
+        if self._is_of_words(weight) and self.layout.vocabulary != self.layout.dense:
+            yield self.layout.vocabulary.axes[-1].name, Shard(0)
+
+    def _stays(self, weight: Weight) -> str | None:
+        """The axis along which words are never gathered."""
+        if not self._is_of_words(weight):
+            return None
+        whole = [look for look in self.model.lookups if look.weight == weight.name]
+        if any(look not in self.lookups for look in whole):
+            return None
+        return self.layout.vocabulary.axes[-1].name
+
+    def _is_of_words(self, weight: Weight) -> bool:
+        """Whether the weight, or bias, of a fused projection or of a lookup that fetches rows."""
+        names = {name for p in self.projections for name in (p.weight, p.bias)}
+        return weight.name in names | {lookup.weight for lookup in self.lookups}
+
+    def _stored(self, weight: Weight) -> torch.dtype:
+        first, *others = (self.masters.get(fqn, weight.dtype) for fqn in weight.fqns)
+        for other in others:
+            first = torch.promote_types(first, other)
+        return first
+
+    # --- tokens ---
+
+    def _movement(self, one: Movement) -> Use:
+        tokens = math.prod(self.model.batch)
+        width = one.bytes / tokens / one.itemsize
+        sizes: Sizes = dict.fromkeys((of.H, of.O, of.D), 0)
+        sizes[_WIDTHS[one.collective]] = width
+        mechanism = of.EXCHANGED if one.collective == "all_to_all" else of.TENSOR
+        return self._use(mechanism, tokens, one.itemsize, sizes)
+
+    def _attention(self, one: Attention) -> Use:
+        cp, apart = self.plan.cp, self.plan.tp if self.split.heads else 1
+        heads, groups = one.heads, one.groups
+        enough = heads // apart % cp == 0 if apart > 1 else min(chunk_sizes(heads, (cp,))) > 0
+        reach, moved = ring_places(one.length, cp, one.sight, one.fixed)
+        if one.travels and self.plan.context != "gather":
+            mechanism = of.ULYSSES if self.plan.context == "ulysses" and enough else of.RING
+        else:
+            mechanism = of.ULYSSES if enough and self.plan.context != "gather" else of.WHOLE
+        ranks = cp * apart
+        if mechanism is of.ULYSSES and (groups % ranks or heads % ranks):
+            groups = heads
+        sizes: Sizes = {
+            of.h: heads, of.g: one.wide if mechanism is of.WHOLE else groups,
+            of.d: one.query, of.e: one.value, of.j: reach, of.z: moved * cp / one.length,
+        }  # fmt: skip
+        return self._use(mechanism, one.sequences * one.length, one.itemsize, sizes)
+
+    # --- experts ---
+
+    def _block(self, block: Block) -> Iterator[Use]:
+        plan, dropping = self.plan, self.plan.dropping
+        tokens, ep, etp = block.tokens, self.sizes[of.ep], self.sizes[of.etp]
+        own = self._of_a_rank(tokens)
+        chunks = math.ceil(own / plan.expert_tokens) if plan.expert_tokens else 1
+        share, competing = 1.0, 1
+        if dropping is not None:
+            scopes = {"sub-sequence": 1, "sequence": self.parts, "batch": self.world}
+            competing = scopes[dropping.over]
+            of_group = tokens * competing // self.world
+            capacity = dropping.capacity(of_group, block.choices, block.experts)
+            share = min(1.0, block.experts * capacity / (of_group * block.choices))
+            self.sizes[of.C] = capacity
+        gathered, added = self.split_experts.rows.get(block.name, (0, 0))
+        gathers = plan.dispatcher == "all-gather" and (etp == 1 or gathered) and ep * etp > 1
+        balance = plan.balance if ep > 1 and not gathers else None
+        places = balance.places(chunk_sizes(block.experts, (int(ep),))) if balance else 0
+        sizes: Sizes = {
+            of.E: block.experts, of.k: block.choices, of.H: block.width, of.O: block.combined,
+            of.F: block.sent, of.Q: block.returned, of.m: block.weighed, of.S: competing,
+            of.K: chunks, of.rho: bool(plan.recompute_experts), of.sigma: share,
+            of.scored: dropping is not None and dropping.by == "probability",
+            of.places: places, of.guest: block.parameters / (etp if gathered else 1),
+        }  # fmt: skip
+
+        def use(mechanism: Mechanism, **others: float) -> Use:
+            return self._use(mechanism, tokens, block.itemsize, sizes | others)
+
+        if dropping is not None and block.first and competing > 1:
+            yield use(of.COMPETING)
+        if gathers:
+            yield use(of.GATHERED)
+            if block.first:
+                yield use(of.CHOICES)
+            return
+        padded = dropping is not None and dropping.pad
+        if balance is not None and block.first:
+            yield use(of.BALANCED)
+        if ep > 1:
+            yield use(of.SLOTS if padded else of.EXPERTS)
+        if etp > 1 and gathered:
+            rows = {of.F: gathered, of.Q: added}
+            mechanism = of.HIDDEN_SLOTS if padded else of.HIDDEN
+            yield self._use(mechanism, tokens, block.itemsize, sizes | rows)
+        if plan.expert_tokens is not None:
+            yield use(of.BOUND)
+
+    # --- the vocabulary ---
+
+    def _is_fused(self, projection: Projection) -> bool:
+        return projection.logits_bytes >= self.plan.logits_bytes * self.world
+
+    def _is_fetched(self, lookup: Lookup) -> bool:
+        """Whether rows are fetched: less than the whole weight, and nothing else needs that."""
+        small = lookup.words * lookup.width * lookup.itemsize < self.plan.embedding_bytes
+        fused = {projection.weight for projection in self.projections}
+        others = lookup.whole or (lookup.projected and lookup.weight not in fused)
+        few = self.world > 1 and sum(lookup.ids) < self.world * lookup.words
+        return few and not small and not others
+
+    def _projection(self, one: Projection) -> Use:
+        mechanism = of.WORDS if one.tokens * self.sizes[of.vp] / self.world > one.words else of.TRAVELLERS
+        biased = mechanism is of.WORDS and one.bias is not None
+        following = self.layout.sizes(one.words, self.layout.vocabulary.axes[-1].name)[1]
+        sizes: Sizes = {of.V: one.words, of.v: following, of.H: one.width + biased}
+        return self._use(mechanism, one.tokens, one.itemsize, sizes)
+
+    def _fetches(self, one: Lookup) -> Iterator[Use]:
+        sizes: Sizes = {of.V: one.words, of.H: one.width}
+        return (self._use(of.LOOKUP, ids, one.itemsize, sizes) for ids in one.ids)
+
+    # --- what no plan chooses ---
+
+    def _changes(self) -> Iterator[Use]:
+        """Along the sequences of the batch, and along the tokens of each."""
+        fused = bool(self.projections)
+        for change in self.model.along_batch(fused) if self.dp > 1 else ():
+            yield from self._change(change, (self.dp,))
+        axes = (self.parts,) if self.dp == 1 else (self.plan.cp, self.plan.tp)
+        for change in self.model.along_sequences(fused) if self.parts > 1 else ():
+            yield from self._change(change, axes)
+
+    def _change(self, change: Change, axes: Sequence[int]) -> Iterator[Use]:
+        row = COLLECTIVES[change.collective]
+        forward = row.name.removesuffix("_invariant")
+        backward = (row.transpose or "").removesuffix("_invariant")
+        sizes: Sizes = {of.trained: change.trained and backward in ("all_reduce", "reduce_scatter")}
+        if "all_reduce" in (forward, backward):
+            for ranks in axes:
+                summed = {of.P: ranks, of.A: change.bytes, of.summed: forward == "all_reduce"}
+                yield of.SUMS, self.sizes | sizes | summed
+        elif forward == "all_gather":
+            whole = self._of_a_rank(change.bytes) * self.parts
+            yield of.TOGETHER, self.sizes | sizes | {of.P: math.prod(axes), of.A: whole}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A weight on a rank: ``length`` times ``beside`` elements of it in use.
+
+    ``gathered`` ranks have slices of that length, ``copies`` hold the same, and along axes of
+    ``exchanged`` ranks one split is exchanged for another.
+    """
+
+    length: int
+    beside: int
+    gathered: int
+    copies: int
+    exchanged: tuple[int, ...]
