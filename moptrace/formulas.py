@@ -269,72 +269,65 @@ class _Chooser:
     # --- weights ---
 
     def _weight(self, weight: Weight) -> Iterator[Use]:
-        asked = list(self._asked(weight))
+        policy, asked = self.plan.mixed_precision, list(self._asked(weight))
         held = storage(weight.shape, asked, self.layout, self.plan.edp)
-        place = self._place(weight, held, asked)
-        policy = self.plan.mixed_precision
-        stored = self._stored(weight)
         used, added = weight.dtype, weight.dtype
         if used.is_floating_point:
             if weight.component == Component.ROUTER and policy.router_dtype:
                 used = torch.promote_types(used, policy.router_dtype)
             added = policy.reduced_in(used)
-        sizes: Sizes = {
-            of.x: place.length, of.y: place.beside,
-            of.G: place.gathered if weight.used else 1, of.R: place.copies,
-            of.w: used.itemsize, of.r: added.itemsize, of.s: stored.itemsize,
-            of.trained: weight.trained and weight.used,
-            of.again: weight.kept and place.gathered > 1,
+        sizes = self.sizes | {
+            of.w: used.itemsize * weight.used, of.r: added.itemsize,
+            of.trained: weight.trained and weight.used, of.again: 0,
         }  # fmt: skip
-        if not weight.used:  # it is stored in slices as any other
-            sizes |= {of.G: place.gathered, of.w: 0, of.r: 0, of.again: 0}
-        yield of.WEIGHTS, self.sizes | sizes
-        for ranks in place.exchanged:
-            yield of.FUSED, self.sizes | sizes | {of.P: ranks}
+        way = _Way.of(weight.shape, held)
+        stored: Sizes = {of.s: self._stored(weight).itemsize, of.R: way.copies}
+        for wanted in self._wanted(weight, asked, held):
+            *steps, last = way.steps(wanted)
+            for step in steps:
+                yield of.WEIGHTS, sizes | stored | step
+                stored = {of.s: 0, of.R: 1}
+            kept = weight.kept and last[of.G] > 1
+            yield of.WEIGHTS, sizes | stored | last | {of.again: kept}
+            for ranks in way.exchanges(wanted):
+                yield of.FUSED, sizes | last | {of.P: ranks}
+            stored = {of.s: 0, of.R: 1}
 
-    def _place(
-        self, weight: Weight, held: Placement, asked: Sequence[tuple[str, Shard]]
-    ) -> _Place:
-        """Which ranks have which slices of a weight, and what a rank uses of it.
+    def _wanted(
+        self, weight: Weight, asked: Sequence[tuple[str, Shard]], held: Placement
+    ) -> Iterator[dict[str, Shard]]:
+        """For each use the splits that it takes as they are, by axes of the stored weight.
 
-        Along an axis that a use asks for, in any view's words, it takes that split; along others it
-        takes all.
+        What is asked for in the words of another view is found by its ranks. Other blocks of the
+        dimension that is split are taken of the whole.
         """
-        used, gathered, along = list(weight.shape), 1, 0
-        copies, exchanged = 1, list[int]()
-        stays = self._stays(weight)
+        wanted: dict[str, Shard] = {}
         for axis, kind in zip(held.view.axes, held.kinds, strict=True):
-            wanted = (split for name, split in asked if self.layout.same_ranks(name, axis.name))
-            split = kind if axis.name == stays else next(wanted, None)
-            if axis.size == 1:
-                continue
-            if not isinstance(kind, Shard):
-                copies *= axis.size
-            elif isinstance(split, Shard):
-                used[split.dim] = -(-used[split.dim] // axis.size)
-                exchanged += [axis.size] * (split != kind)
-            else:
-                along = kind.dim if gathered == 1 else along
-                gathered *= axis.size
-        length = used[along] if used else 1
-        return _Place(length, math.prod(used) // max(length, 1), gathered, copies, tuple(exchanged))
+            for name, split in reversed(asked):
+                if isinstance(kind, Shard) and self.layout.same_ranks(name, axis.name):
+                    if split == kind or split.dim != kind.dim:
+                        wanted[axis.name] = split
+        if not self._is_of_words(weight):
+            yield wanted
+            return
+        ring = {self._ring: Shard(0)}
+        looks = [lookup for lookup in self.model.lookups if lookup.weight == weight.name]
+        if any(lookup not in self.lookups for lookup in looks):
+            yield {axis: split for axis, split in wanted.items() if axis not in ring}
+        yield wanted | ring
 
     def _asked(self, weight: Weight) -> Iterator[tuple[str, Shard]]:
         """How the passes ask for a weight to be split, in their order."""
-        if weight.experts is not None and self.sizes[of.ep] > 1:
+        if weight.experts is not None:
             yield "ep", Shard(weight.experts)
         for axis, shared in (("tp", self.split), ("etp", self.split_experts)):
             yield from ((axis, kind) for kind in shared.asked.get(weight.name, ()))
         if self._is_of_words(weight) and self.layout.vocabulary != self.layout.dense:
-            yield self.layout.vocabulary.axes[-1].name, Shard(0)
+            yield self._ring, Shard(0)
 
-    def _stays(self, weight: Weight) -> str | None:
-        """The axis along which words are never gathered."""
-        if not self._is_of_words(weight):
-            return None
-        whole = [look for look in self.model.lookups if look.weight == weight.name]
-        if any(look not in self.lookups for look in whole):
-            return None
+    @property
+    def _ring(self) -> str:
+        """The axis over which words are split."""
         return self.layout.vocabulary.axes[-1].name
 
     def _is_of_words(self, weight: Weight) -> bool:
@@ -441,7 +434,7 @@ class _Chooser:
     def _projection(self, one: Projection) -> Use:
         mechanism = of.WORDS if one.tokens * self.sizes[of.vp] / self.world > one.words else of.TRAVELLERS
         biased = mechanism is of.WORDS and one.bias is not None
-        following = self.layout.sizes(one.words, self.layout.vocabulary.axes[-1].name)[1]
+        following = self.layout.sizes(one.words, self._ring)[1]
         sizes: Sizes = {of.V: one.words, of.v: following, of.H: one.width + biased}
         return self._use(mechanism, one.tokens, one.itemsize, sizes)
 
@@ -452,13 +445,16 @@ class _Chooser:
     # --- what no plan chooses ---
 
     def _changes(self) -> Iterator[Use]:
-        """Along the sequences of the batch, and along the tokens of each."""
-        fused = bool(self.projections)
-        for change in self.model.along_batch(fused) if self.dp > 1 else ():
-            yield from self._change(change, (self.dp,))
-        axes = (self.parts,) if self.dp == 1 else (self.plan.cp, self.plan.tp)
-        for change in self.model.along_sequences(fused) if self.parts > 1 else ():
-            yield from self._change(change, axes)
+        """Along the sequences of a batch, and along the tokens of each; or once along both."""
+        fused, dp = bool(self.projections), self.dp
+        of_batch = self.model.along_batch(fused) if dp > 1 else ()
+        of_each = self.model.along_sequences(fused) if self.parts > 1 else ()
+        both = {change for change in of_batch if change in of_each and change.is_sum}
+        axes = (self.parts,) if dp == 1 else (self.plan.cp, self.plan.tp)
+        for change in of_batch:
+            yield from self._change(change, (self.world,) if change in both else (dp,))
+        for change in of_each:
+            yield from self._change(change, axes) if change not in both else ()
 
     def _change(self, change: Change, axes: Sequence[int]) -> Iterator[Use]:
         row = COLLECTIVES[change.collective]
@@ -474,16 +470,44 @@ class _Chooser:
             yield of.TOGETHER, self.sizes | sizes | {of.P: math.prod(axes), of.A: whole}
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A weight on a rank: ``length`` times ``beside`` elements of it in use.
+@dataclass(frozen=True)
+class _Way:
+    """How a stored weight becomes what a use takes: gathers, one axis after another.
 
-    ``gathered`` ranks have slices of that length, ``copies`` hold the same, and along axes of
-    ``exchanged`` ranks one split is exchanged for another.
+    ``splits`` is the dimension that each axis splits, with its ranks; ``copies`` ranks hold the
+    same.
     """
 
-    length: int
-    beside: int
-    gathered: int
+    shape: tuple[int, ...]
+    splits: Mapping[str, tuple[int, int]]
     copies: int
-    exchanged: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], held: Placement) -> _Way:
+        pairs = list(zip(held.view.axes, held.kinds, strict=True))
+        splits = {a.name: (k.dim, a.size) for a, k in pairs if isinstance(k, Shard)}
+        copies = math.prod(a.size for a, kind in pairs if not isinstance(kind, Shard))
+        return cls(shape, {name: split for name, split in splits.items() if split[1] > 1}, copies)
+
+    def steps(self, wanted: Mapping[str, Shard]) -> Iterator[Sizes]:
+        """The sizes of each gather, inner axes first; of one that gathers nothing, if none does."""
+        left = dict(self.splits)
+        gathered = [axis for axis in reversed(left) if axis not in wanted]
+        for axis in gathered:
+            dim, ranks = left.pop(axis)
+            yield self._sizes(left, dim, ranks)
+        if not gathered:
+            yield self._sizes(left, 0, 1)
+
+    def exchanges(self, wanted: Mapping[str, Shard]) -> Iterator[int]:
+        """The ranks that exchange one split for another."""
+        for axis, (dim, ranks) in self.splits.items():
+            if axis in wanted and wanted[axis].dim != dim:
+                yield ranks
+
+    def _sizes(self, left: Mapping[str, tuple[int, int]], dim: int, ranks: int) -> Sizes:
+        lengths = list(self.shape) or [1]
+        for split, parts in left.values():
+            lengths[split] = -(-lengths[split] // parts)
+        length = lengths.pop(dim)
+        return {of.x: length, of.y: math.prod(lengths), of.G: ranks}

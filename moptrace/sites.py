@@ -161,12 +161,19 @@ class Lookup:
 class Change:
     """A value that a collective adds up, or makes whole, wherever tokens are split.
 
-    ``trained`` is whether it has a gradient, which the transpose moves.
+    ``value`` is its name in the graph, and ``trained`` whether it has a gradient, which the
+    transpose moves.
     """
 
+    value: str
     collective: str
     bytes: int
     trained: bool
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it, or its gradient, is a sum over the ranks."""
+        return self.collective in ("all_reduce", "all_reduce_invariant", "vary")
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,7 +444,14 @@ def _changes(program: Program) -> Iterator[Change]:
         if node.target is reshard and node not in own:
             name = conversion(*(parse_kind(str(kind)) for kind in node.args[2:4]))
             if name is not None and name != "all_to_all":
-                yield Change(name, _bytes(node), node in trained)
+                yield Change(_origin(node), name, _bytes(node), node in trained)
+
+
+def _origin(node: fx.Node) -> str:
+    """The name of the value that was moved."""
+    while node.target is reshard:
+        node = node.all_input_nodes[0]
+    return node.name
 
 
 def _is_floating(node: fx.Node) -> bool:
