@@ -41,8 +41,9 @@ import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -58,8 +59,13 @@ from moptrace.core import Level, Parameter, Program
 from moptrace.errors import PassError
 from moptrace.passes.drop_tokens import share_kept
 from moptrace.placement import Layout, Placement, Rows, Shard, chunk_sizes
+from moptrace.plan import Plan
 from moptrace.rings import Ring, Seat, bytes_sent, ring
 from moptrace.roles import Component
+from moptrace.state import user_names
+
+if TYPE_CHECKING:
+    from moptrace.formulas import Estimate
 
 __all__ = ["Explanation", "Row", "Traffic", "explain"]
 
@@ -112,6 +118,23 @@ class Explanation:
     rows: tuple[Row, ...]
     traffic: tuple[Traffic, ...]
     notes: tuple[str, ...] = field(default=())
+    program: Program | None = field(default=None, repr=False, compare=False)
+    plan: Plan | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def formulas(self) -> Estimate:
+        """The formulas of the plan's mechanisms, their numbers, and what was counted beside them.
+
+        Raises PassError where ``explain`` was not told the plan.
+        """
+        from moptrace.formulas import estimate
+
+        if self.program is None or self.plan is None:
+            raise PassError("formulas are of a plan: call explain(program, plan=a resolved plan)")
+        parameters = self.program.signature.parameters
+        masters = {name: p.dtype for p in parameters for name in user_names(p)}
+        found = estimate(self.program, self.plan, self.layout.world_size, masters)
+        return replace(found, counted={t.kind: t.bytes for t in self.traffic})
 
     @property
     def parameters(self) -> int:
@@ -181,9 +204,10 @@ def printed(table: Table) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def explain(program: Program) -> Explanation:
+def explain(program: Program, plan: Plan | None = None) -> Explanation:
     """What each component's parallelism is, and what it stores and moves on one rank.
 
+    With the resolved ``plan`` that the program was made by, ``formulas`` say why.
     Requires: a local program, or one made from a local program (which is explained then).
     """
     local = next((p for p in reversed(program.history) if p.level == Level.LOCAL), None)
@@ -192,7 +216,7 @@ def explain(program: Program) -> Explanation:
             f"explain reads a program at level local, got {program.level}: apply the passes up to "
             "localize first, or call explain() on the model that parallelize returned"
         )
-    return _Reader(local).explanation()
+    return replace(_Reader(local).explanation(), program=local, plan=plan)
 
 
 # --- reading a local program ----------------------------------------------------------------------

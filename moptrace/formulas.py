@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
@@ -106,6 +106,11 @@ class Estimate:
         return self._total("kept")
 
     @property
+    def made(self) -> int:
+        """Bytes that operators make for backward, as many as the plan decides."""
+        return self._total("made")
+
+    @property
     def buffer(self) -> int:
         """Bytes of the largest value that a collective brings."""
         return round(max((cost.bytes.get("buffer", 0) for cost in self.costs), default=0))
@@ -137,11 +142,12 @@ class Estimate:
         table.add_column("formula")
         table.add_column("bytes", justify="right", no_wrap=True)
         for cost in self.costs:
-            first = f"{cost.mechanism.name}, x{cost.sites} ({cost.mechanism.source})"
+            told = [f"{cost.mechanism.name}, x{cost.sites}", f"({cost.mechanism.source})"]
             for what, expression in cost.mechanism.expressions.items():
                 if cost.bytes[what]:
+                    first = told.pop(0) if told else ""
                     table.add_row(first, what, _spelled(expression), f"{cost.bytes[what]:,.0f}")
-                    first = ""
+            table.add_row(*told)
             table.add_section()
         return table
 
@@ -153,7 +159,7 @@ class Estimate:
         for kind in dict.fromkeys((*self.moved, *counted)):
             seen = f"{counted.get(kind, 0):,}" if self.counted is not None else ""
             table.add_row(kind, f"{self.moved.get(kind, 0):,}", f"{worst.get(kind, 0):,}", seen)
-        for name in ("stored", "gradients", "kept"):
+        for name in ("stored", "gradients", "kept", "made", "buffer"):
             table.add_row(name, f"{getattr(self, name):,}", "", "")
         return table
 
@@ -182,10 +188,11 @@ def estimate(
     >>> from moptrace.testing import ModelSpec
     >>> from moptrace.passes.default import canonical
     >>> import torch, moptrace
-    >>> batch = {"tokens": torch.zeros(4, 8, dtype=torch.int64), "labels": torch.zeros(4, 8, dtype=torch.int64)}
-    >>> program = canonical()(moptrace.trace(ModelSpec(experts=4).build(), batch))
-    >>> model = Model(program)
+    >>> ids = torch.zeros(4, 8, dtype=torch.int64)
+    >>> batch = {"input_ids": ids, "labels": ids}
+    >>> model = Model(canonical()(moptrace.trace(ModelSpec(experts=4).build(), batch)))
     >>> [estimate(model, Plan(ep=ep).resolve(4, [4]), 4).moved["all_gather"] for ep in (1, 2, 4)]
+    [5280, 2976, 1824]
     """
     found = model if isinstance(model, Model) else Model(model)
     uses = _Chooser(found, plan, world_size, masters or {}).uses()
@@ -208,7 +215,9 @@ def _cost(
         if used is mechanism:
             sites += times
             for what, bytes_ in mechanism.at(dict(sizes)).items():
-                more = max(total[what], bytes_) if what == "buffer" else total[what] + times * bytes_
+                more = (
+                    max(total[what], bytes_) if what == "buffer" else total[what] + times * bytes_
+                )
                 total[what] = more
     return Cost(mechanism, sites, total)
 
@@ -248,6 +257,10 @@ class _Chooser:
                 yield self._attention(attention)
         for block in self.model.blocks:
             yield from self._block(block)
+        for projection in self.model.projections:
+            if projection not in self.projections:
+                sizes: Sizes = {of.V: projection.words}
+                yield self._use(of.LOGITS, projection.labels, projection.itemsize, sizes)
         if self.plan.vp != 1:
             yield from map(self._projection, self.projections)
             yield from (use for lookup in self.lookups for use in self._fetches(lookup))
@@ -284,14 +297,23 @@ class _Chooser:
         stored: Sizes = {of.s: self._stored(weight).itemsize, of.R: way.copies}
         for wanted in self._wanted(weight, asked, held):
             *steps, last = way.steps(wanted)
-            for step in steps:
-                yield of.WEIGHTS, sizes | stored | step
+            exchanges = list(way.exchanges(wanted))
+            last[of.again] = weight.kept and last[of.G] > 1 and not exchanges
+            for step in (*steps, last):
+                yield self._step(weight, sizes | stored | step)
                 stored = {of.s: 0, of.R: 1}
-            kept = weight.kept and last[of.G] > 1
-            yield of.WEIGHTS, sizes | stored | last | {of.again: kept}
-            for ranks in way.exchanges(wanted):
-                yield of.FUSED, sizes | last | {of.P: ranks}
-            stored = {of.s: 0, of.R: 1}
+            for ranks in exchanges:
+                yield of.FUSED, sizes | last | {of.P: ranks, of.again: weight.kept}
+
+    def _step(self, weight: Weight, sizes: Sizes) -> Use:
+        """One gather of a weight; of experts', where each rank then has some of them."""
+        if weight.experts is None:
+            return of.WEIGHTS, sizes
+        experts = weight.shape[weight.experts]
+        own = math.ceil(experts / self.sizes[of.ep])
+        if sizes[of.y] % own:
+            return of.WEIGHTS, sizes
+        return of.EXPERT_WEIGHTS, sizes | {of.E: experts, of.y: sizes[of.y] / own}
 
     def _wanted(
         self, weight: Weight, asked: Sequence[tuple[str, Shard]], held: Placement
@@ -346,7 +368,7 @@ class _Chooser:
     def _movement(self, one: Movement) -> Use:
         tokens = math.prod(self.model.batch)
         width = one.bytes / tokens / one.itemsize
-        sizes: Sizes = dict.fromkeys((of.H, of.O, of.D), 0)
+        sizes: Sizes = {of.H: 0, of.O: 0, of.D: 0, of.again: one.kept}
         sizes[_WIDTHS[one.collective]] = width
         mechanism = of.EXCHANGED if one.collective == "all_to_all" else of.TENSOR
         return self._use(mechanism, tokens, one.itemsize, sizes)
@@ -373,7 +395,8 @@ class _Chooser:
 
     def _block(self, block: Block) -> Iterator[Use]:
         plan, dropping = self.plan, self.plan.dropping
-        tokens, ep, etp = block.tokens, self.sizes[of.ep], self.sizes[of.etp]
+        gathered, added = self.split_experts.rows.get(block.name, (0, 0))
+        tokens, ep, etp = block.tokens, self.sizes[of.ep], plan.etp if gathered else 1
         own = self._of_a_rank(tokens)
         chunks = math.ceil(own / plan.expert_tokens) if plan.expert_tokens else 1
         share, competing = 1.0, 1
@@ -382,23 +405,24 @@ class _Chooser:
             competing = scopes[dropping.over]
             of_group = tokens * competing // self.world
             capacity = dropping.capacity(of_group, block.choices, block.experts)
-            share = min(1.0, block.experts * capacity / (of_group * block.choices))
+            share = block.experts * capacity / (of_group * block.choices)
+            share = share if dropping.pad else min(1.0, share)
             self.sizes[of.C] = capacity
-        gathered, added = self.split_experts.rows.get(block.name, (0, 0))
-        gathers = plan.dispatcher == "all-gather" and (etp == 1 or gathered) and ep * etp > 1
+        gathers = plan.dispatcher == "all-gather" and plan.etp in (1, etp) and ep * etp > 1
         balance = plan.balance if ep > 1 and not gathers else None
         places = balance.places(chunk_sizes(block.experts, (int(ep),))) if balance else 0
         sizes: Sizes = {
             of.E: block.experts, of.k: block.choices, of.H: block.width, of.O: block.combined,
-            of.F: block.sent, of.Q: block.returned, of.m: block.weighed, of.S: competing,
-            of.K: chunks, of.rho: bool(plan.recompute_experts), of.sigma: share,
+            of.F: block.sent, of.Q: block.returned, of.J: block.between, of.m: block.weighed,
+            of.S: competing, of.K: chunks, of.rho: bool(plan.recompute_experts), of.sigma: share,
             of.scored: dropping is not None and dropping.by == "probability",
-            of.places: places, of.guest: block.parameters / (etp if gathered else 1),
+            of.places: places, of.guest: block.parameters / etp, of.etp: etp,
         }  # fmt: skip
 
         def use(mechanism: Mechanism, **others: float) -> Use:
             return self._use(mechanism, tokens, block.itemsize, sizes | others)
 
+        yield use(of.FUNCTION)
         if dropping is not None and block.first and competing > 1:
             yield use(of.COMPETING)
         if gathers:
@@ -411,7 +435,7 @@ class _Chooser:
             yield use(of.BALANCED)
         if ep > 1:
             yield use(of.SLOTS if padded else of.EXPERTS)
-        if etp > 1 and gathered:
+        if etp > 1:
             rows = {of.F: gathered, of.Q: added}
             mechanism = of.HIDDEN_SLOTS if padded else of.HIDDEN
             yield self._use(mechanism, tokens, block.itemsize, sizes | rows)
@@ -432,7 +456,9 @@ class _Chooser:
         return few and not small and not others
 
     def _projection(self, one: Projection) -> Use:
-        mechanism = of.WORDS if one.tokens * self.sizes[of.vp] / self.world > one.words else of.TRAVELLERS
+        mechanism = (
+            of.WORDS if one.tokens * self.sizes[of.vp] / self.world > one.words else of.TRAVELLERS
+        )
         biased = mechanism is of.WORDS and one.bias is not None
         following = self.layout.sizes(one.words, self._ring)[1]
         sizes: Sizes = {of.V: one.words, of.v: following, of.H: one.width + biased}

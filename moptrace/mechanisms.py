@@ -9,9 +9,10 @@ ring, or directly. Where routing or ids decide, they are those expected if all e
 are as likely, and ``worst`` are those of a step that no routing exceeds.
 
 *Stored* are the slices of parameters that a rank has between steps, and ``gradients`` theirs.
-``kept`` is what collectives have brought in forward and backward needs; ``buffer`` is the largest
-value that one of them brings, before small ones are packed together. What operators keep on one
-device as well is no cost of a mechanism.
+``kept`` is what collectives have brought in forward and backward needs, and ``made`` what operators
+make for it where the plan decides how much. ``buffer`` is the largest value that a collective
+brings, before small ones are packed together. What is kept on one device as well, such as the
+operands of a norm, is no cost of a mechanism.
 
 Of uneven slices the longest counts.
 """
@@ -50,7 +51,7 @@ vp = _symbol("vp", "ranks that share the words of a vocabulary")
 K = _symbol("K", "chunks of tokens that go to their experts one after another: ceil(n/c)")
 rho = _symbol("rho", "1 where backward sends the rows of experts again, else 0")
 C = _symbol("C", "rows that an expert keeps of a rank's tokens: its capacity")
-sigma = _symbol("sigma", "share of the rows that a capacity leaves: min(1, E*C/(n*k)), or 1")
+sigma = _symbol("sigma", "share of the rows that a capacity leaves, min(1, E*C/(n*k)), or makes")
 S = _symbol("S", "ranks whose tokens compete for an expert's capacity")
 scored = _symbol("scored", "1 where a capacity leaves the rows of the highest weights, else 0")
 places = _symbol("places", "experts that a rank has place for, its own and guests")
@@ -73,18 +74,19 @@ F = _symbol("F", "features of a row on its way to an expert")
 Q = _symbol("Q", "features of a row on its way back")
 V = _symbol("V", "words of a vocabulary")
 v = _symbol("v", "words of the next rank on a ring, about V/vp")
+J = _symbol("J", "features of the results of an expert's first products: twice I, with a gate")
 A = _symbol("A", "bytes of a value that is added up, or made whole, as a rank then has it")
 summed = _symbol("summed", "1 for a sum over ranks, 0 for a value whose gradient alone is one")
 m = _symbol("m", "operators that take the weights of a token's choices")
 
 # of one weight
 x = _symbol("x", "length of the dimension along which a weight is gathered, on a rank")
-y = _symbol("y", "elements of a weight at each place of that dimension, on a rank")
-G = _symbol("G", "ranks that a weight is gathered from: W/dp_replicate, W/tp/.., or edp=W/(ep*etp)")
+y = _symbol("y", "elements of a weight, or of one expert's, at each place of that dimension")
+G = _symbol("G", "ranks that a weight is gathered from: W/dp_replicate, or edp = W/(ep*etp)")
 R = _symbol("R", "ranks with copies of a weight's slice: dp_replicate, or edp where that is copied")
 P = _symbol("P", "ranks of the axis along which something moves")
 trained = _symbol("trained", "1 for what has a gradient that moves, else 0")
-again = _symbol("again", "1 for a gathered weight that backward needs, else 0")
+again = _symbol("again", "1 for what was moved and backward needs, else 0")
 
 # bytes
 b = _symbol("b", "bytes of an activation's element")
@@ -123,6 +125,7 @@ class Mechanism:
     stored: Any = ZERO
     gradients: Any = ZERO
     kept: Any = ZERO
+    made: Any = ZERO
     buffer: Any = ZERO
     source: str = ""
 
@@ -131,7 +134,7 @@ class Mechanism:
         """Every formula by what it is of, without those that are zero."""
         found = {f"{one.kind} forward": one.forward for one in self.sent}
         found |= {f"{one.kind} backward": one.backward for one in self.sent}
-        memory = ("stored", "gradients", "kept", "buffer")
+        memory = ("stored", "gradients", "kept", "made", "buffer")
         found |= {name: getattr(self, name) for name in memory}
         found |= {f"{one.kind} worst": one.worst for one in self.sent if one.worst is not None}
         return {name: expression for name, expression in found.items() if expression != 0}
@@ -159,32 +162,50 @@ def _all_reduce(parts: Any, size: Any) -> Any:
     return 2 * (parts - 1) * size / parts
 
 
-_slice = ceiling(x / G) * y  # of a weight, on a rank
 _rows = sigma * k * N / W  # of a rank, on average
+_chunk = sigma * k * ceiling(n / K)  # of a chunk
 _full = k * n  # under any routing
 _own = ceiling(E / ep)  # experts of a rank
 _times = 1 + rho
+_slots = _own * ep * C  # padded rows that come to a rank
 _cards = ep * etp  # that a group of experts' ranks has
 _words = ceiling(V / vp)
 _ids = V * (1 - (1 - 1 / V) ** n) * (vp - 1) / vp  # distinct ones whose rows are elsewhere
 _keys = g * (d + e)
 
-WEIGHTS = Mechanism(
+
+def _gathered(name: str, beside: Any, source: str) -> Mechanism:
+    """Weights of which ``beside`` elements lie at each place of the dimension that is gathered."""
+    slice_ = ceiling(x / G) * beside
+    return Mechanism(
+        name,
+        (
+            Sent("all_gather", (G - 1) * slice_ * w),
+            Sent("reduce_scatter", ZERO, trained * (G - 1) * slice_ * r),
+            Sent("all_reduce", ZERO, trained * _all_reduce(R, slice_ * r)),
+        ),
+        stored=slice_ * s,
+        gradients=trained * slice_ * s,
+        kept=again * x * beside * w,
+        buffer=Piecewise((x * beside * w, G > 1), (0, True)),
+        source=source,
+    )
+
+
+WEIGHTS = _gathered(
     "weights stored in slices, gathered before use",
-    (
-        Sent("all_gather", (G - 1) * _slice * w),
-        Sent("reduce_scatter", ZERO, trained * (G - 1) * _slice * r),
-        Sent("all_reduce", ZERO, trained * _all_reduce(R, _slice * r)),
-    ),
-    stored=_slice * s,
-    gradients=trained * _slice * s,
-    kept=again * x * y * w,
-    buffer=Piecewise((x * y * w, G > 1), (0, True)),
-    source="MoP, arXiv 2607.01844, section 1: O(Theta/W); HSDP adds the copies' all-reduce",
+    y,
+    "MoP, arXiv 2607.01844, section 1: O(Theta/W); HSDP adds up the gradients of copies",
+)
+EXPERT_WEIGHTS = _gathered(
+    "experts' weights, gathered from ranks with the same experts",
+    _own * y,
+    "MoP, arXiv 2607.01844, section 1; Folding, arXiv 2504.14960: edp = W/(ep*etp)",
 )
 FUSED = Mechanism(
     "blocks of a fused weight",
     (Sent("all_to_all", _all_to_all(P, x * y * w), trained * _all_to_all(P, x * y * w)),),
+    kept=again * x * y * w,
     buffer=x * y * w,
     source="Shard(blocks): the bytes of one share",
 )
@@ -195,8 +216,8 @@ TENSOR = Mechanism(
         Sent("reduce_scatter", (tp - 1) * n * O * b, (tp - 1) * n * H * b),
         Sent("all_reduce", _all_reduce(tp, tp * n * D * b), _all_reduce(tp, tp * n * D * b)),
     ),
-    kept=tp * n * (H + D) * b,
-    buffer=tp * n * Max(H, O) * b,
+    kept=again * tp * n * H * b,
+    buffer=n * Max(tp * H, tp * D, O) * b,
     source="Korthikanti et al., 2022 (sequence parallel)",
 )
 EXCHANGED = Mechanism(
@@ -247,13 +268,19 @@ EXPERTS = Mechanism(
             "return_rows",
             _times * _all_to_all(ep, _rows * Q * b),
             _all_to_all(ep, _rows * F * b),
-            worst=_cards * _full * (_times * Q + F) * b,
+            worst=(ep - 1) * _full * (_times * Q + F) * b,
         ),
         Sent("exchange_counts", _times * K * (ep - 1) * Max(_own, places) * i),
     ),
-    kept=(1 - rho) * _rows * (F + Q) * b,
-    buffer=_rows / K * Max(F, Q) * b,
-    source="Folding, arXiv 2504.14960, section 3: N*k*H*b each way; FEMP, arXiv 2609.14306, Eq. 1",
+    kept=(1 - rho) * (_rows * (Piecewise((F, etp < 2), (0, True)) + Q) * b + ep * _own * i),
+    buffer=_chunk * Max(F, Q) * b,
+    source="Folding, arXiv 2504.14960, section 3: N*k*H*b each way",
+)
+FUNCTION = Mechanism(
+    "experts: results of the first products",
+    (),
+    made=(1 - rho) * _rows * J * b,
+    source="SonicMoE: 2*N*H + 4*N*k*I bytes, of which rows are counted where they come",
 )
 BOUND = Mechanism(
     "experts: chunks of tokens",
@@ -267,29 +294,39 @@ SLOTS = Mechanism(
         Sent("send_slots", _all_to_all(ep, E * C * F * b), _all_to_all(ep, E * C * Q * b)),
         Sent("return_slots", _all_to_all(ep, E * C * Q * b), _all_to_all(ep, E * C * F * b)),
     ),
-    kept=E * C * (F + Q) * b,
-    buffer=_own * ep * C * Max(F, Q) * b,
+    kept=E * C * (Piecewise((F, etp < 2), (0, True)) + Q) * b,
+    buffer=Max(_slots * F, E * C * Q) * b,
     source="GShard, 2020, section 3.2; Folding, arXiv 2504.14960, section 3.3",
 )
 HIDDEN = Mechanism(
     "expert tensor parallel: rows gathered, sums scattered",
     (
-        Sent("all_gather_rows", _times * (etp - 1) * _rows * F * b, (etp - 1) * _rows * Q * b),
-        Sent("reduce_scatter_rows", _times * (etp - 1) * _rows * Q * b, (etp - 1) * _rows * F * b),
+        Sent(
+            "all_gather_rows",
+            _times * (etp - 1) * _rows * F * b,
+            (etp - 1) * _rows * Q * b,
+            worst=(etp - 1) * ep * _full * (_times * F + Q) * b,
+        ),
+        Sent(
+            "reduce_scatter_rows",
+            _times * (etp - 1) * _rows * Q * b,
+            (etp - 1) * _rows * F * b,
+            worst=(etp - 1) * ep * _full * (_times * Q + F) * b,
+        ),
         Sent("all_gather", _times * K * (etp - 1) * Max(_own, places) * i),
     ),
-    kept=(1 - rho) * etp * _rows * F * b,
-    buffer=etp * _rows / K * Max(F, Q) * b,
+    kept=(1 - rho) * etp * (_rows * F * b + _own * i),
+    buffer=etp * _chunk * Max(F, Q) * b,
     source="Folding, arXiv 2504.14960, section 3: AG-V and RS-V along etp",
 )
 HIDDEN_SLOTS = Mechanism(
     "expert tensor parallel of padded rows",
     (
-        Sent("all_gather_slots", (etp - 1) * _own * ep * C * F * b, (etp - 1) * _own * ep * C * Q * b),
-        Sent("reduce_scatter_slots", (etp - 1) * _own * ep * C * Q * b, (etp - 1) * _own * ep * C * F * b),
+        Sent("all_gather_slots", (etp - 1) * _slots * F * b, (etp - 1) * _slots * Q * b),
+        Sent("reduce_scatter_slots", (etp - 1) * _slots * Q * b, (etp - 1) * _slots * F * b),
     ),
-    kept=etp * _own * ep * C * F * b,
-    buffer=etp * _own * ep * C * Max(F, Q) * b,
+    kept=etp * _slots * F * b,
+    buffer=_slots * Max(etp * F, Q) * b,
     source="Folding, arXiv 2504.14960, section 3.3",
 )
 GATHERED = Mechanism(
@@ -299,18 +336,19 @@ GATHERED = Mechanism(
         Sent("reduce_scatter", (_cards - 1) * n * O * b, (_cards - 1) * n * (H + k * m) * b),
     ),
     kept=_cards * n * k * m * b,
-    buffer=_cards * n * Max(H, O) * b,
+    buffer=n * Max(_cards * H, _cards * k * m, O) * b,
     source="gather_tokens: (ep*etp-1)*n tokens come to a rank, where n*k*(ep-1)/ep rows would",
 )
 CHOICES = Mechanism(
     "experts: choices of all tokens gathered",
     (Sent("all_gather", (_cards - 1) * n * k * i),),
+    buffer=_cards * n * k * i,
     source="gather_tokens",
 )
 COMPETING = Mechanism(
     "capacity: choices and weights of the tokens that compete",
     (Sent("all_gather", (S - 1) * n * k * (i + scored * b)),),
-    buffer=S * n * k * i,
+    buffer=S * n * k * Max(i, scored * b),
     source="Folding, arXiv 2504.14960, section 3.3: sub-sequences need none",
 )
 BALANCED = Mechanism(
@@ -326,13 +364,12 @@ BALANCED = Mechanism(
 LOGITS = Mechanism(
     "vocabulary: logits of a rank's tokens whole",
     (),
-    kept=n * V * a,
+    made=n * V * a,
     source="the 3NV of Ring-DTP's baseline, FEMP, arXiv 2609.14306",
 )
 WORDS = Mechanism(
     "vocabulary: weights travel around (ring)",
     (Sent("ring", (V - v) * H * b, (V - v) * H * b + V * H * a),),
-    kept=3 * n * a,
     buffer=2 * _words * H * (b + a),
     source="Ring-DTP, FEMP, arXiv 2609.14306: weights move iff N > V/P",
 )
@@ -345,7 +382,6 @@ TRAVELLERS = Mechanism(
             (vp - 1) * n * (H * b + i + 4 * a) + vp * n * H * a,
         ),
     ),
-    kept=3 * n * a,
     buffer=2 * n * (H * (b + a) + i + 4 * a),
     source="Ring-DTP, FEMP, arXiv 2609.14306: activations move iff N <= V/P",
 )
@@ -378,7 +414,7 @@ TOGETHER = Mechanism(
 )
 
 MECHANISMS: tuple[Mechanism, ...] = (
-    WEIGHTS, FUSED, TENSOR, EXCHANGED, ULYSSES, RING, WHOLE, EXPERTS, BOUND, SLOTS, HIDDEN,
-    HIDDEN_SLOTS, GATHERED, CHOICES, COMPETING, BALANCED, LOGITS, WORDS, TRAVELLERS, LOOKUP, SUMS,
-    TOGETHER,
+    WEIGHTS, EXPERT_WEIGHTS, FUSED, TENSOR, EXCHANGED, ULYSSES, RING, WHOLE, EXPERTS, FUNCTION,
+    BOUND, SLOTS, HIDDEN, HIDDEN_SLOTS, GATHERED, CHOICES, COMPETING, BALANCED, LOGITS, WORDS,
+    TRAVELLERS, LOOKUP, SUMS, TOGETHER,
 )  # fmt: skip

@@ -271,7 +271,7 @@ class ParallelModule(nn.Module):
         """Component by component: its parallelism, memory and bytes moved."""
         from moptrace.explain import explain
 
-        return explain(self.program)
+        return explain(self.program, self.plan)
 
     def extra_repr(self) -> str:
         return f"{self.layout}, {self.plan}"

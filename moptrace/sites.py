@@ -84,9 +84,10 @@ class Weight:
 class Attention:
     """An attention core: ``heads`` of queries, and ``groups`` of keys before any is repeated.
 
-    ``query`` and ``value`` are the widths of a head. ``wide`` is how many heads of keys the operator
-    takes, which the model may have repeated. ``travels`` is whether keys can go around a ring; ``sight`` is the window that queries
-    then see, and ``fixed`` whether a mask keeps tokens in their places.
+    ``query`` and ``value`` are the widths of a head. ``wide`` is how many heads of keys the
+    operator takes, which the model may have repeated. ``travels`` is whether keys can go around a
+    ring; ``sight`` is the window that queries then see, and ``fixed`` whether a mask keeps tokens
+    in their places.
     """
 
     sequences: int
@@ -129,11 +130,12 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A projection of tokens onto words whose logits nothing but a loss needs."""
+    """A projection of tokens onto words whose logits nothing but a loss needs, of ``labels``."""
 
     weight: str
     bias: str | None
     tokens: int
+    labels: int
     width: int
     words: int
     itemsize: int
@@ -178,11 +180,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Movement:
-    """A value of tokens that is moved along ``tp``, by one collective and its transpose."""
+    """A value of tokens that is moved along ``tp``, by one collective and its transpose.
+
+    ``kept`` is whether backward needs it: not if it is only rearranged afterwards.
+    """
 
     collective: str
     bytes: int
     itemsize: int
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -281,6 +287,7 @@ class Model:
                 weight=_parameter(fusion.weight),
                 bias=None if fusion.bias is None else _parameter(fusion.bias),
                 tokens=fusion.tokens,
+                labels=roles.tensor(fusion.loss.args[1]).numel(),  # type: ignore[arg-type]
                 width=(hidden := roles.tensor(fusion.hidden)).shape[-1],
                 words=roles.tensor(fusion.weight).numel() // hidden.shape[-1],
                 itemsize=hidden.element_size(),
@@ -382,9 +389,7 @@ def _attention(model: fx.Node, node: fx.Node) -> Attention:
     )
 
 
-def _block(
-    dispatch: fx.Node, first: bool, routes: Mapping[str, tuple[float, float]]
-) -> Block:
+def _block(dispatch: fx.Node, first: bool, routes: Mapping[str, tuple[float, float]]) -> Block:
     x, chosen = (roles.tensor(node) for node in dispatch.all_input_nodes[:2])
     rows = rows_of([dispatch])
     ends = [node for node in rows if node.target is ops.combine.default]
@@ -476,10 +481,10 @@ def _shared(program: Program, axis: str, ranks: int) -> Shared:
         if along == axis and x.name in weights and isinstance(kind, Shard):
             asked[x.name] = (*asked.get(x.name, ()), kind)
         elif along == axis == "tp" and (name := _movement(x, node, kind)):
-            moved[x, name] = _moved(name, x)
+            moved[x, name] = _moved(name, x, node)
     if axis == "tp":
         placed = _placed(sharing, Layout.of(ranks, tp=ranks))
-        moved |= {(node, ""): _moved("all_reduce", node) for node in _statistics(placed)}
+        moved |= {(node, ""): _moved("all_reduce", node, node) for node in _statistics(placed)}
     dispatches = graph.find_nodes(op="call_function", target=ops.dispatch.default)
     attentions = graph.find_nodes(op="call_function", target=_SDPA)
     return Shared(
@@ -490,15 +495,18 @@ def _shared(program: Program, axis: str, ranks: int) -> Shared:
     )
 
 
-def _moved(collective: str, x: fx.Node) -> Movement:
-    return Movement(collective, _bytes(x), roles.tensor(x).element_size())
+def _moved(collective: str, x: fx.Node, after: fx.Node) -> Movement:
+    kept = any(packet(user) not in _VIEWS for user in after.users)
+    return Movement(collective, _bytes(x), roles.tensor(x).element_size(), kept)
 
 
 def _statistics(placed: Program) -> Iterator[fx.Node]:
     """What each token adds up over shares of its features, as a norm over all heads does."""
     for node in placed.nodes:
         if node.target is reshard and node.args[2] == str(PARTIAL):
-            if roles.tensor(node).dim() > 1 and not isinstance(parse_kind(str(node.args[3])), Shard):
+            if roles.tensor(node).dim() > 1 and not isinstance(
+                parse_kind(str(node.args[3])), Shard
+            ):
                 yield node
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +13,8 @@ from torch import Tensor, fx, nn
 
 import moptrace.simulate
 from double import InFloat64
+from meter import ROWS, Meter
 from moptrace import roles, state
-from moptrace.collectives import Collective
 from moptrace.core import Level, Pass, Program, chain
 from moptrace.errors import PassError
 from moptrace.explain import Explanation, explain
@@ -28,7 +26,6 @@ from moptrace.passes.shard_parameters import shard_batch, shard_parameters
 from moptrace.placement import Layout
 from moptrace.plan import Plan
 from moptrace.precision import MixedPrecisionPolicy, convert
-from moptrace.rings import Exchange, Start, drive_together
 from moptrace.roles import Component
 from moptrace.testing import ModelSpec, SimulatedRanks, dtypes_of, whole_state
 from moptrace.trace import trace
@@ -162,79 +159,6 @@ def test_uneven_shards_count_as_they_are_stored_and_as_they_are_padded() -> None
 
 
 # --- what moves -----------------------------------------------------------------------------------
-
-
-ROWS = {"send_rows", "return_rows", "all_gather_rows", "reduce_scatter_rows"}
-
-
-class Meter:
-    """Counts what the simulator's collectives put on the wire, from the tensors that they get."""
-
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.run = run
-        self.world = 1
-        self.groups: list[float] = []
-        self.count = Counter[str]()
-        self.bytes = Counter[str]()
-
-    def __call__(
-        self,
-        row: Collective,
-        layout: Layout,
-        axis: str,
-        beside: tuple[list[Tensor], ...],
-        extra: tuple[Any, ...],
-        parts: Sequence[Tensor],
-    ) -> Any:
-        results = self.run(row, layout, axis, beside, extra, parts)
-        ranks = len(parts)
-        kind = row.name.removesuffix("_invariant").removesuffix("_cast")
-        if kind not in ("vary", "take_shard", "take_replicated", "place_shard", "count_once"):
-            groups = layout.world_size // ranks
-            self.count[kind] += 1 / groups
-            moved = results if row.casts else parts  # a cast comes first
-            sizes = [x.numel() * moved[0].element_size() for x in parts]
-            out = [x.numel() * x.element_size() for x in results]
-            sent = {
-                "all_gather": (ranks - 1) * max(sizes),
-                "reduce_scatter": (ranks - 1) * max(out),
-                "all_reduce": -(-2 * (ranks - 1) * max(sizes) // ranks),
-                "exchange_counts": (ranks - 1) * max(out) // ranks,
-                "send_rows": sum(sizes) / ranks * (ranks - 1) / ranks,
-                "return_rows": sum(sizes) / ranks * (ranks - 1) / ranks,
-                "all_gather_rows": sum(sizes) / ranks * (ranks - 1),
-                "reduce_scatter_rows": sum(out) / ranks * (ranks - 1),
-                "all_to_all": (ranks - 1) * max(sizes) // ranks,
-            }[kind]
-            self.groups.append(sent)
-            if (
-                len(self.groups) == groups
-            ):  # what the fullest sends; of rows, what they send on average
-                rows = kind in ROWS
-                self.bytes[kind] += sum(self.groups) / groups if rows else max(self.groups)
-                self.groups.clear()
-        return results
-
-    def together(self, journeys: Sequence[Any]) -> list[Any]:
-        """Run the coroutines of a ring, and count what the first rank of each sends."""
-        rings = self.world // len(journeys)
-        return drive_together([self._counted(journeys[0], rings), *journeys[1:]])
-
-    def _counted(self, journey: Any, rings: int) -> Generator[Any, Any, Any]:
-        answer: Any = None
-        while True:
-            try:
-                request = journey.send(answer)
-            except StopIteration as end:
-                return end.value
-            if isinstance(request, Start):
-                sent = sum(x.numel() * x.element_size() for x in request.send)
-                self.bytes["ring"] += sent / rings
-            elif isinstance(request, Exchange):
-                rows = sum(request.out) - request.out[0]
-                sent = rows * request.send[:1].numel() * request.send.element_size()
-                self.bytes["ring"] += sent / rings
-            answer = yield request
 
 
 @pytest.fixture(name="meter")
