@@ -298,12 +298,23 @@ class _Chooser:
         for wanted in self._wanted(weight, asked, held):
             *steps, last = way.steps(wanted)
             exchanges = list(way.exchanges(wanted))
-            last[of.again] = weight.kept and last[of.G] > 1 and not exchanges
+            last[of.again] = 0
+            if weight.kept and last[of.G] > 1 and not exchanges:
+                last[of.again] = 1 / self._taken(weight, asked, wanted)
             for step in (*steps, last):
                 yield self._step(weight, sizes | stored | step)
                 stored = {of.s: 0, of.R: 1}
             for ranks in exchanges:
                 yield of.FUSED, sizes | last | {of.P: ranks, of.again: weight.kept}
+
+    def _taken(
+        self, weight: Weight, asked: Sequence[tuple[str, Shard]], wanted: Mapping[str, Shard]
+    ) -> float:
+        """Into how many shares a weight is cut only after it was gathered."""
+        if self._is_of_words(weight):
+            return 1
+        ranks = math.prod(self.layout.size(axis) for axis in {axis for axis, _ in asked})
+        return ranks / math.prod(self.layout.size(axis) for axis in wanted)
 
     def _step(self, weight: Weight, sizes: Sizes) -> Use:
         """One gather of a weight; of experts', where each rank then has some of them."""
@@ -419,8 +430,8 @@ class _Chooser:
             of.places: places, of.guest: block.parameters / etp, of.etp: etp,
         }  # fmt: skip
 
-        def use(mechanism: Mechanism, **others: float) -> Use:
-            return self._use(mechanism, tokens, block.itemsize, sizes | others)
+        def use(mechanism: Mechanism) -> Use:
+            return self._use(mechanism, tokens, block.itemsize, sizes)
 
         yield use(of.FUNCTION)
         if dropping is not None and block.first and competing > 1:
@@ -436,7 +447,7 @@ class _Chooser:
         if ep > 1:
             yield use(of.SLOTS if padded else of.EXPERTS)
         if etp > 1:
-            rows = {of.F: gathered, of.Q: added}
+            rows: Sizes = {of.F: gathered, of.Q: added}
             mechanism = of.HIDDEN_SLOTS if padded else of.HIDDEN
             yield self._use(mechanism, tokens, block.itemsize, sizes | rows)
         if plan.expert_tokens is not None:

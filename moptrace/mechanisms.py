@@ -86,7 +86,9 @@ G = _symbol("G", "ranks that a weight is gathered from: W/dp_replicate, or edp =
 R = _symbol("R", "ranks with copies of a weight's slice: dp_replicate, or edp where that is copied")
 P = _symbol("P", "ranks of the axis along which something moves")
 trained = _symbol("trained", "1 for what has a gradient that moves, else 0")
-again = _symbol("again", "1 for what was moved and backward needs, else 0")
+again = _symbol(
+    "again", "share of what was moved that backward needs, 0 or 1 but for weights cut after"
+)
 
 # bytes
 b = _symbol("b", "bytes of an activation's element")

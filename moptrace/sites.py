@@ -393,7 +393,8 @@ def _block(dispatch: fx.Node, first: bool, routes: Mapping[str, tuple[float, flo
     x, chosen = (roles.tensor(node) for node in dispatch.all_input_nodes[:2])
     rows = rows_of([dispatch])
     ends = [node for node in rows if node.target is ops.combine.default]
-    weights = {n.args[2] for n in ends} | {n.args[0] for n in rows if n.target is _PAIR_ROWS}
+    weights: list[Any] = [n.args[2] for n in ends]
+    weights += [n.args[0] for n in rows if n.target is _PAIR_ROWS]
     products = [node for node in rows if node.target is _PRODUCT]
     first_ones = [n for n in products if not ancestors([n.args[0]]) & {*products}]  # type: ignore[list-item]
     taken = [n.args[1] for n in products]
@@ -411,7 +412,7 @@ def _block(dispatch: fx.Node, first: bool, routes: Mapping[str, tuple[float, flo
         itemsize=x.element_size(),
         sent=sent,
         returned=returned,
-        weighed=len(weights),
+        weighed=len({*weights}),
         combined=sum(roles.tensor(end).shape[-1] for end in ends),
         between=sum(roles.tensor(n).shape[-1] for n in first_ones),
         parameters=sum(_bytes(p) for p in needed) // experts,
