@@ -183,7 +183,8 @@ class _Forward:
         sums: list[Tensor | None] = [None] * len(wanted)
         for number in range(self.micro_batches):
             outputs = self._outputs(tape, values, number, totals)
-            tape.work_on(_of_backward(roles.role(self.program.loss)))
+            last = replace(roles.role(self.program.loss), micro_batch=number)
+            tape.work_on(_of_backward(last))
             loss = outputs[self.signature.loss]
             if self.micro_batches > 1:
                 loss = loss / self.micro_batches
@@ -215,7 +216,7 @@ class _Forward:
                 x = run.values[node.args[0]] * self.micro_batches
                 run.values[node] = torch.div(x, totals[self.counts[node]])
             else:
-                run.visit(tape, node)
+                run.visit(tape, node, replace(roles.role(node), micro_batch=number))
         raise AssertionError("the graph has no output")
 
     def _totals(self, tape: Tape, values: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
@@ -226,7 +227,7 @@ class _Forward:
             run = _Run(self, values, number)
             for node in self.program.nodes:
                 if node in needed:
-                    run.visit(tape, node)
+                    run.visit(tape, node, roles.role(node))
             for count in dict.fromkeys(self.counts.values()):
                 own = run.values[count]
                 totals[count] = totals[count] + own if count in totals else own
@@ -242,8 +243,7 @@ class _Run:
         self.values: dict[Any, Any] = {}
         self.rows: dict[tuple[Any, str], Any] = {}
 
-    def visit(self, tape: Tape, node: fx.Node) -> None:
-        role = roles.role(node)
+    def visit(self, tape: Tape, node: fx.Node, role: Role) -> None:
         tape.work_on(role)
         if node.op == "placeholder":
             name = node.name
