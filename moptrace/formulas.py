@@ -25,6 +25,7 @@ from sympy import Symbol
 from moptrace import mechanisms as of
 from moptrace.collectives import COLLECTIVES
 from moptrace.core import Program
+from moptrace.errors import PlanError
 from moptrace.mechanisms import MECHANISMS, Mechanism
 from moptrace.passes.shard_parameters import storage
 from moptrace.placement import Placement, Shard, chunk_sizes
@@ -183,7 +184,8 @@ def estimate(
 
     ``model`` is a program that was made from a canonical one, or the sites that were read of it:
     read once, they serve every plan. ``masters`` are the dtypes in which parameters are held, by
-    the user's names, where these are not the ones in which the model computes.
+    the user's names, where these are not the ones in which the model computes. Raises PlanError for
+    pipeline stages, which have no formulas yet.
 
     >>> from moptrace.testing import ModelSpec
     >>> from moptrace.passes.default import canonical
@@ -194,6 +196,11 @@ def estimate(
     >>> [estimate(model, Plan(ep=ep).resolve(4, [4]), 4).moved["all_gather"] for ep in (1, 2, 4)]
     [5280, 2976, 1824]
     """
+    if plan.pp > 1:
+        raise PlanError(
+            f"there are no formulas of pipeline stages yet, and pp={plan.pp}: estimate a stage's "
+            "ranks with pp=1, or count on the graph with explain()"
+        )
     found = model if isinstance(model, Model) else Model(model)
     uses = _Chooser(found, plan, world_size, masters or {}).uses()
     together: Counter[tuple[Mechanism, frozenset[tuple[Symbol, float]]]] = Counter()

@@ -816,6 +816,12 @@ def embedding_rows(node: fx.Node) -> Rule:
     return Rule((("v", "D"), ids), ((*ids, "D"),), whole=words, together=together, suffices=True)
 
 
+def hop(node: fx.Node) -> Rule:
+    """A value goes to other ranks as it is, terms of a sum each for themselves."""
+    dims = _dims("d", roles.tensor(node).dim())
+    return Rule((dims,), (dims,), frozenset({0}))
+
+
 def constant(node: fx.Node) -> Rule:
     """No tensor operand: the same value everywhere."""
     result = roles.tensor(node)
@@ -981,7 +987,8 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
     import moptrace.kernels.embedding_rows
     import moptrace.kernels.grouped_mm
     import moptrace.kernels.routing
-    import moptrace.kernels.vocab_projection  # noqa: F401  importing registers the operators
+    import moptrace.kernels.vocab_projection
+    import moptrace.stages  # noqa: F401  importing registers the operators
 
     ops = torch.ops.moptrace
     return {
@@ -996,6 +1003,7 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
         ops.vocab_projection: vocab_projection,
         ops.embedding_rows: embedding_rows,
         ops.kept_tokens: _same,
+        ops.hop: hop,
     }
 
 

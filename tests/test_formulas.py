@@ -25,7 +25,7 @@ from moptrace.balance import Balance
 from moptrace.collectives import Collective, collective
 from moptrace.core import Pass, Program
 from moptrace.dropping import Dropping
-from moptrace.errors import PassError
+from moptrace.errors import PassError, PlanError
 from moptrace.explain import explain
 from moptrace.formulas import Estimate, estimate
 from moptrace.kernels.expert_function import ExpertOperator
@@ -176,7 +176,7 @@ def test_weights_move_in_what_they_are_cast_to(reduced: torch.dtype | None) -> N
     ids = torch.zeros(8, 8, dtype=torch.int64)
     program = canonical()(trace(convert(held, policy), {"input_ids": ids, "labels": ids}))
     plan = Plan(ep=2, dp_replicate=2, mixed_precision=policy).resolve(4, [])
-    counted = explain(sharded(plan, 4, masters=masters)(program), plan)
+    counted = explain(sharded(plan, 4, masters=masters)(program), plan=plan)
     moved = {t.kind: t.bytes for t in counted.traffic if t.bytes}
     assert counted.formulas.moved == pytest.approx(moved, abs=1)
     assert counted.formulas.stored == counted.parameter_bytes
@@ -342,16 +342,18 @@ def test_the_formulas_of_a_known_model_need_no_pass(monkeypatch: pytest.MonkeyPa
 
 def test_formulas_are_printed_beside_what_was_counted() -> None:
     plan = Plan(tp=2, cp=2, ep=2, etp=2, context="ring", logits_bytes=0).resolve(8, [])
-    found = explain(local(QWEN, 8, plan), plan)
+    found = explain(local(QWEN, 8, plan), plan=plan)
     assert_golden("formulas", f"{found.formulas}\n")
     assert str(explain(local(QWEN, 8, plan))) == str(found)
     assert found.formulas.counted == {t.kind: t.bytes for t in found.traffic}
     assert math.isclose(sum(found.formulas.moved.values()), found.bytes_moved, abs_tol=10)
 
 
-def test_formulas_need_a_plan_and_a_canonical_program() -> None:
+def test_formulas_need_a_plan_without_stages_and_a_canonical_program() -> None:
     with pytest.raises(PassError, match=r"explain\(program, plan=a resolved plan\)"):
         _ = explain(local(QWEN, 4, Plan(ep=2))).formulas
+    with pytest.raises(PlanError, match="pipeline"):
+        estimate(sites(QWEN), Plan(pp=2), 4)
     linear = trace(nn.Sequential(nn.Linear(2, 2)), (torch.ones(2, 2),), loss_fn=torch.sum)
     with pytest.raises(PassError, match="was made from none"):
         Model(linear)
