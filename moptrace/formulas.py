@@ -541,7 +541,7 @@ class _Way:
             dim, ranks = left.pop(axis)
             yield self._sizes(left, dim, ranks)
         if not gathered:
-            yield self._sizes(left, 0, 1)
+            yield self._sizes(left, -1, 1)
 
     def exchanges(self, wanted: Mapping[str, Shard]) -> Iterator[int]:
         """The ranks that exchange one split for another."""

@@ -482,10 +482,12 @@ def _shared(program: Program, axis: str, ranks: int) -> Shared:
         if along == axis and x.name in weights and isinstance(kind, Shard):
             asked[x.name] = (*asked.get(x.name, ()), kind)
         elif along == axis == "tp" and (name := _movement(x, node, kind)):
-            moved[x, name] = _moved(name, x, node)
+            moved[x, name] = _moved(name, x, node, ranks)
     if axis == "tp":
         placed = _placed(sharing, Layout.of(ranks, tp=ranks))
-        moved |= {(node, ""): _moved("all_reduce", node, node) for node in _statistics(placed)}
+        moved |= {
+            (node, ""): _moved("all_reduce", node, node, ranks) for node in _statistics(placed)
+        }
     dispatches = graph.find_nodes(op="call_function", target=ops.dispatch.default)
     attentions = graph.find_nodes(op="call_function", target=_SDPA)
     return Shared(
@@ -496,9 +498,13 @@ def _shared(program: Program, axis: str, ranks: int) -> Shared:
     )
 
 
-def _moved(collective: str, x: fx.Node, after: fx.Node) -> Movement:
-    kept = any(packet(user) not in _VIEWS for user in after.users)
-    return Movement(collective, _bytes(x), roles.tensor(x).element_size(), kept)
+def _moved(collective: str, x: fx.Node, after: fx.Node, ranks: int) -> Movement:
+    """``ranks`` may share heads of attention unevenly: then one returns more than its part."""
+    kept, bytes_ = any(packet(user) not in _VIEWS for user in after.users), _bytes(x)
+    if x.target is _SDPA:
+        heads = roles.tensor(x).shape[HEADS]
+        bytes_ = bytes_ // heads * math.ceil(heads / ranks) * ranks
+    return Movement(collective, bytes_, roles.tensor(x).element_size(), kept)
 
 
 def _statistics(placed: Program) -> Iterator[fx.Node]:
