@@ -222,10 +222,8 @@ def _cost(
         if used is mechanism:
             sites += times
             for what, bytes_ in mechanism.at(dict(sizes)).items():
-                more = (
-                    max(total[what], bytes_) if what == "buffer" else total[what] + times * bytes_
-                )
-                total[what] = more
+                more = total[what] + times * bytes_
+                total[what] = max(total[what], bytes_) if what == "buffer" else more
     return Cost(mechanism, sites, total)
 
 
@@ -256,8 +254,6 @@ class _Chooser:
         """Every mechanism at every site, with the sizes that its formulas need."""
         for weight in self.model.weights:
             yield from self._weight(weight)
-        if self.world == 1:
-            return
         yield from map(self._movement, self.split.moved)
         if self.plan.cp > 1:
             for attention in self.model.attentions:

@@ -190,6 +190,27 @@ def test_formulas_of_rarer_choices_are_what_explain_counts(
     assert estimate(program, plan, 4).moved == pytest.approx(moved, abs=1)
 
 
+class Centred(nn.Module):
+    """Every token sees the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(6, 6, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x - x.mean((0, 1))).square().mean()
+
+
+def test_a_sum_that_every_token_uses_is_added_up_backward_too() -> None:
+    program = canonical()(trace(Centred(), {"x": torch.ones(4, 8, 6)}))
+    plan = Plan().resolve(4, [])
+    counted = explain(sharded(plan, 4)(program), plan=plan)
+    moved = {t.kind: t.bytes for t in counted.traffic if t.bytes}
+    assert counted.formulas.moved == pytest.approx(moved, abs=1)
+    assert counted.formulas.of(of.SUMS).bytes["all_reduce backward"]
+
+
 def test_what_follows_attention_on_whole_tokens_is_not_in_a_formula() -> None:
     """Where no plan's mechanism serves, both numbers are printed: these differ."""
     plan = Plan(cp=2, context="gather").resolve(4, [])
