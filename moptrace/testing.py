@@ -23,7 +23,7 @@ from moptrace.placement import INVARIANT, Placement, Shard
 from moptrace.precision import MixedPrecisionPolicy, convert
 from moptrace.simulate import simulate
 from moptrace.state import sizes_of_rank
-from moptrace.step import Stepper
+from moptrace.step import Stepper, several
 from moptrace.strategies import ModelSpec, batches, meshes, model_specs, moe_models, plans
 from moptrace.trace import call, evaluate, inputs_of
 
@@ -261,7 +261,7 @@ class SimulatedRanks:
 class SimulatedSteps:
     """The training step of all ranks of a local program in one process, as ``train_step`` runs it.
 
-    ``optimizer`` makes the optimizer of one rank from its shards by fully qualified name; the other
+    ``optimizer`` makes the optimizer, or several, of one rank from its shards by fully qualified name; the other
     options are those of ``train_step``.
     """
 
@@ -269,7 +269,9 @@ class SimulatedSteps:
         self,
         local: Program,
         whole: Mapping[str, Tensor],
-        optimizer: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        optimizer: Callable[
+            [dict[str, Tensor]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+        ],
         max_norm: float | None = None,
         accumulate: int = 1,
         schedule: Pass | None = None,
@@ -284,7 +286,8 @@ class SimulatedSteps:
             shards = {p.fqn: own[p.name] for p in local.signature.parameters}
             names = {shard: name for name, shard in shards.items()}
             made = optimizer(shards)
-            held = {p: names[p] for group in made.param_groups for p in group["params"]}
+            groups = [group for each in several(made) for group in each.param_groups]
+            held = {p: names[p] for group in groups for p in group["params"]}
             options = (max_norm, accumulate, schedule, rank, updates, state)
             self.steppers.append(Stepper(made, held, *options))
         sizes = [sizes_of_rank(local, rank) for rank in range(len(self.steppers))]
@@ -303,7 +306,7 @@ class SimulatedSteps:
         made = self._run(programs, batches)
         self.ranks.steps += 1
         finished = zip(self.steppers, programs, made, strict=True)
-        norms = [s.finish(program, own, lambda _, value: value) for s, program, own in finished]
+        norms = [s.finish(program, own, lambda _, value, __: value) for s, program, own in finished]
         loss = _agreed([own[0][1] for own in made], "the loss")
         taken = [x for x in norms if x is not None]
         return loss, _agreed(taken, "the norm") if taken else None
