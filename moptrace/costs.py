@@ -76,7 +76,8 @@ def products(node: fx.Node) -> int:
 
 def operations(node: fx.Node, symbols: Mapping[Any, int]) -> float:
     """The floating-point operations of an operator's matrix products."""
-    values = pytree.tree_leaves([roles.value(x) for x in node.all_input_nodes])
+    given = pytree.tree_leaves((node.args, node.kwargs))  # a product of a matrix with itself
+    values = pytree.tree_leaves([roles.value(x) for x in given if isinstance(x, fx.Node)])
     shapes = [shape_of(x, symbols) for x in values if isinstance(x, Tensor)]
     if isinstance(node.target, ExpertOperator):
         example: Any = node.args[node.target.example]

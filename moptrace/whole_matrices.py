@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES
@@ -150,6 +151,9 @@ class Cut:
             elif not any(x in at for x in node.all_input_nodes):
                 if any(x in free for x in node.all_input_nodes):
                     free.add(node)
+            elif products(node) and any(x in free for x in node.all_input_nodes):
+                mixing.add(node)  # to send factors to all ranks would cost more than the product
+                free.add(node)
             elif (position := self._position(node, dim)) is not None:
                 at[node] = position
             else:
@@ -262,7 +266,9 @@ class Cut:
                 sizes[dim] = length
         return tuple(found)
 
-    def shape(self, node: fx.Node, value: Tensor, number: int = 0, inside: bool = False) -> list[int]:
+    def shape(
+        self, node: fx.Node, value: Tensor, number: int = 0, inside: bool = False
+    ) -> list[int]:
         """The shape of what a rank has of a value: inside the cut of one matrix, outside of all."""
         shape = list(value.shape)
         for dim in {d for _, d in self.matrix.splits}:
@@ -297,7 +303,9 @@ class Cut:
     @property
     def cost(self) -> float:
         """The operations on one matrix, to balance owners by."""
-        return sum(operations(n, {}) + roles.tensor(n).numel() for n in self.nodes if n in self.whole)
+        values = pytree.tree_leaves([roles.value(node) for node in self.whole])
+        written = sum(x.numel() for x in values if isinstance(x, Tensor))
+        return written + sum(operations(node, {}) for node in self.whole)
 
 
 @dataclass(frozen=True)

@@ -129,9 +129,8 @@ class _Update:
         for number, group in enumerate(self.optimizer.param_groups, start=self.first_group):
             lr = learning_rate(group)
             rate = self._add_input(f"groups__{number}__lr", f"groups.{number}.lr", lr)
-            for parameter in group["params"]:
-                if self.names[parameter] in self.gradients:
-                    tasks.append(self._task(group, number, parameter, rate))
+            trained = (x for x in group["params"] if self.names[x] in self.gradients)
+            tasks += [self._task(group, number, parameter, rate) for parameter in trained]
         own = {task.fqn for task in tasks}
         kept = [
             (output, self.copies[node])
@@ -312,11 +311,15 @@ class _Update:
                 "own, choose with torch.where."
             ) from error
         except Exception as error:
-            first_line = str(error).strip().partition("\n")[0]
+            first_line = str(error).strip().partition("\n")[0].rstrip(".")
+            fqn, shape = self.names[parameter], list(examples["parameter"].shape)
+            stacked = self.program.signature.parameter(fqn).stacked
+            part = f"each expert's part of {fqn}" if stacked else fqn
             raise StepError(
-                f"{self.kind}.step cannot be recorded: it raised {type(error).__name__}: "
-                f"{first_line}. It must compute with torch operators on the parameters, gradients "
-                "and state."
+                f"{self.kind}.step cannot be recorded: for {part}, of shape {shape}, it raised "
+                f"{type(error).__name__}: {first_line}. It must compute with torch operators on "
+                "the parameters, gradients and state; give parameters that it does not take to "
+                "another optimizer: train_step(model, [one, another])."
             ) from error
         self._check_draws(recording)
         return recording, tuple(keys)
