@@ -381,13 +381,23 @@ def _return_experts(
 
 
 def _gather_matrices(
-    parts: list[Tensor], sizes: Sequence[int], likes: list[Tensor], dim: int, first: int, length: int
+    parts: list[Tensor],
+    sizes: Sequence[int],
+    likes: list[Tensor],
+    dim: int,
+    first: int,
+    length: int,
 ) -> list[Tensor]:
     return _take_matrices([torch.cat(parts, dim)] * len(parts), sizes, likes, first)
 
 
 def _scatter_matrices(
-    parts: list[Tensor], sizes: Sequence[int], likes: list[Tensor], dim: int, first: int, length: int
+    parts: list[Tensor],
+    sizes: Sequence[int],
+    likes: list[Tensor],
+    dim: int,
+    first: int,
+    length: int,
 ) -> list[Tensor]:
     return list(_all_gather_matrices(parts, sizes, likes, first)[0].split(list(sizes), dim))
 
@@ -416,7 +426,9 @@ def owned_matrices(count: int, ranks: int, first: int) -> list[list[int]]:
 
 
 def _in_turn(parts: Sequence[Tensor], owned: Sequence[Sequence[int]]) -> Tensor:
-    """The matrices of all owners, in order."""
+    """The matrices of all owners, in order; ValueError where somebody else has them."""
+    if [len(part) for part in parts] != [len(own) for own in owned]:
+        raise ValueError(f"owners of {owned} have {[len(part) for part in parts]} matrices")
     order = torch.tensor([*chain.from_iterable(owned)], dtype=torch.int64).argsort()
     together = torch.cat(list(parts))
     return together.index_select(0, order.to(together.device))
@@ -974,9 +986,7 @@ _SWAP = "(Tensor x, str axis, int split, int split_length, int join, int join_le
 _COUNTS = "(Tensor counts, str axis, int length) -> Tensor"
 _EXPERTS = "(Tensor x, Tensor hosts, str axis, int places, int length) -> Tensor"
 _MATRICES = "(Tensor x, Tensor like, str axis, int first) -> Tensor"
-_SPLIT_MATRICES = (
-    "(Tensor x, Tensor like, str axis, int dim, int first, int length) -> Tensor"
-)
+_SPLIT_MATRICES = "(Tensor x, Tensor like, str axis, int dim, int first, int length) -> Tensor"
 
 # What the collectives of one meaning share: schema, meaning, run and shape.
 _GATHER = (_SLICED, _concatenate, _run_gather, _shape_whole)

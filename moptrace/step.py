@@ -412,7 +412,10 @@ class Stepper:
         self._schedule = schedule
         self._parameters = {name: parameter for parameter, name in names.items()}
         self._optimizer_of = {
-            p: each for each in self.optimizers for group in each.param_groups for p in group["params"]
+            p: each
+            for each in self.optimizers
+            for group in each.param_groups
+            for p in group["params"]
         }
         self._held: dict[str, Placement | None] = {}  # how the ranks hold state that was made here
         self._gradients: dict[Program, Program] = {}
@@ -616,9 +619,7 @@ def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
     return module
 
 
-def _names(
-    model: ParallelModule, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[Tensor, str]:
+def _names(model: ParallelModule, optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, str]:
     """The names of the optimizers' parameters; StepError if one is not the model's, or is twice."""
     of = {id(model.get_parameter(p.fqn)): p.fqn for p in model.program.signature.parameters}
     names: dict[Tensor, str] = {}

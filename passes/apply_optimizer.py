@@ -150,9 +150,7 @@ class _Update:
         result = self.program.with_graph(self.graph, **changes)
         return result.with_note(note) if (note := self._note(tasks)) else result
 
-    def _task(
-        self, group: Mapping[str, Any], number: int, parameter: Tensor, lr: fx.Node
-    ) -> _Task:
+    def _task(self, group: Mapping[str, Any], number: int, parameter: Tensor, lr: fx.Node) -> _Task:
         fqn = self.names[parameter]
         name = self.program.signature.parameter(fqn).name
         given = {"parameter": self.inputs[name], "gradient": self.gradients[fqn], "lr": lr}
@@ -324,7 +322,9 @@ class _Update:
         self._check_draws(recording)
         return recording, tuple(keys)
 
-    def _twin(self, group: Mapping[str, Any], parameter: Tensor, values: Mapping[str, Tensor]) -> Any:
+    def _twin(
+        self, group: Mapping[str, Any], parameter: Tensor, values: Mapping[str, Tensor]
+    ) -> Any:
         """A copy of the optimizer that holds one parameter: the tensor that is recorded."""
         shard = values["parameter"]
         shard.grad = values["gradient"]

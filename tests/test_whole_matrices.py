@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
 from gloo import Ranks
 from moptrace import Program, errors, roles, train_step
-from moptrace.collectives import COLLECTIVES
+from moptrace.collectives import COLLECTIVES, Communicator
 from moptrace.kernels.matrix_function import MatrixFunction
+from moptrace.passes.default import overlapped
 from moptrace.roles import Component
 from moptrace.testing import SimulatedSteps, assert_same_weights, whole_state
 from moptrace.whole_matrices import Cut
@@ -138,12 +138,14 @@ def eager(spec: Any, make: Callable[[Named], Optimizers], max_norm: float | None
     return Eager(spec.build(), one, max_norm)
 
 
-def simulated(spec: Any, plan: Mapping[str, Any], make: Any, *options: Any, **more: Any) -> Any:
-    local = local_program(spec, 4, **plan)
+def simulated(
+    spec: Any, plan: Mapping[str, Any], make: Any, *options: Any, ranks: int = 4, **more: Any
+) -> Any:
+    local = local_program(spec, ranks, **plan)
     return SimulatedSteps(local, whole_state(spec.build()), make, *options, **more)
 
 
-QUICK = [(plan, name) for plan, name in zip(PLANS, [*OPTIMIZERS, "Orthogonal"], strict=True)]
+QUICK = list(zip(PLANS, OPTIMIZERS, strict=False))  # each optimizer once
 
 
 @pytest.mark.parametrize(
@@ -159,10 +161,268 @@ def test_ten_steps_are_those_of_one_device(plan: dict[str, Any], name: str) -> N
 
 
 @pytest.mark.parametrize("name", sweep(OPTIMIZERS, quick=("Orthogonal",)))
-@pytest.mark.parametrize("spec", [UNEVEN, STACKED], ids=["uneven", "stacked"])
-def test_shards_of_any_size_and_the_users_own_stacks(spec: Any, name: str) -> None:
+def test_the_users_own_stacks(name: str) -> None:
+    """Of a stack that is the user's own, the optimizer sees all."""
     make = OPTIMIZERS[name]
-    if spec is STACKED and name == "Muon and AdamW":
+    if name == "Muon and AdamW":
         pytest.skip("torch.optim.Muon takes matrices alone")
     steps = [batch_of(i) for i in range(3)]
-    assert_same_steps(simulated(spec, {"ep": 2}, make), eager(spec, make), steps)
+    assert_same_steps(simulated(STACKED, {"ep": 2}, make), eager(STACKED, make), steps)
+
+
+# --- who computes what, and who holds what --------------------------------------------------------
+
+
+def test_each_matrix_is_computed_once_and_owners_are_balanced(monkeypatch: Any) -> None:
+    """Of dense matrices, held as copies of shards, and of experts by those who have them."""
+    work: Counter[int] = Counter()
+    called = MatrixFunction.__call__
+
+    def counted(self: MatrixFunction, *operands: Tensor) -> tuple[Tensor, ...]:
+        results = called(self, *operands)
+        work[Communicator.current().rank] += results[0].shape[0]
+        return results
+
+    monkeypatch.setattr(MatrixFunction, "__call__", counted)
+    one = simulated(SMALL, {"ep": 2, "dp_replicate": 2}, OPTIMIZERS["Orthogonal"])
+    one.step(batch_of(0))
+    matrices = [x for x in SMALL.build().parameters() if x.dim() == 2]
+    assert sum(work.values()) == len(matrices)
+    assert max(work.values()) - min(work.values()) <= 2  # some are larger than others
+
+
+def held_by(one: SimulatedSteps, key: str) -> dict[str, Tensor]:
+    """An entry of the state of all parameters, put together from what the ranks have."""
+    entries: dict[Tensor, Any] = {}
+    for optimizer in (x for stepper in one.steppers for x in stepper.optimizers):
+        entries |= optimizer.state
+    return one.ranks._assembled(lambda shard: entries[shard][key], trained=True)
+
+
+@pytest.mark.parametrize(("spec", "ranks"), sweep([(UNEVEN, 2), (UNEVEN, 4)], quick=[(UNEVEN, 2)]))
+def test_momentum_is_sharded_and_that_of_one_device(spec: Any, ranks: int) -> None:
+    make = OPTIMIZERS["Orthogonal"]
+    one, other = simulated(spec, {"ep": 2}, make, ranks=ranks), eager(spec, make)
+    assert_same_steps(one, other, [batch_of(i) for i in range(2)])
+    wanted = {n: other.optimizer.state[p]["momentum"] for n, p in other.model.named_parameters()}
+    assert_same_weights(held_by(one, "momentum"), wanted)
+    for stepper in one.steppers:
+        for parameter, held in stepper.optimizers[0].state.items():
+            assert held["momentum"].shape == parameter.shape
+
+
+def test_state_of_another_shape_is_that_of_one_device() -> None:
+    """Rows' means: all ranks have a matrix's own, and those of an expert are its ranks'."""
+    make = all_of(ByRow)
+    one, other = simulated(SMALL, {"ep": 2, "etp": 2}, make), eager(SMALL, make)
+    assert_same_steps(one, other, [batch_of(i) for i in range(2)])
+    wanted = {n: other.optimizer.state[p]["rows"] for n, p in other.model.named_parameters()}
+    for rank, stepper in enumerate(one.steppers):
+        for parameter, fqn in stepper.names.items():
+            rows = stepper.optimizers[0].state[parameter]["rows"]
+            entry = one.local.signature.parameter(fqn)
+            if entry.stacked:
+                own = torch.stack([wanted[name] for name in entry.stacked]).chunk(2)[rank // 2]
+            else:
+                own = wanted[entry.fqn]
+            torch.testing.assert_close(rows, own, rtol=1e-10, atol=0, msg=f"{fqn} of rank {rank}")
+
+
+def optimizer_nodes(program: Program, *names: str) -> list[fx.Node]:
+    ops = [COLLECTIVES[name].op for name in names]
+    nodes = [n for n in program.nodes if roles.component(n) is Component.OPTIMIZER]
+    return [n for n in nodes if n.target in ops]
+
+
+def test_what_is_elementwise_sends_nothing() -> None:
+    for make in (all_of(ADAMW), all_of(partial(torch.optim.SGD, momentum=0.9))):
+        (program,) = set(simulated(SMALL, {"ep": 2, "etp": 2}, make).programs)
+        assert not optimizer_nodes(program, *COLLECTIVES)
+        assert not any(isinstance(n.target, MatrixFunction) for n in program.nodes)
+
+
+class RowNorms(ByRow):
+    """Divides each row by its norm, and keeps nothing."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.sub_(0.1 * p.grad / (p.grad.norm(dim=-1, keepdim=True) + 1e-3))
+
+
+def test_only_a_dimension_that_is_split_matters() -> None:
+    """Dense matrices are split by rows, so each rank has all of its own rows; vectors are not."""
+    one = simulated(SMALL, {"ep": 2, "edp": "replicate"}, all_of(RowNorms))
+    (program,) = set(one.programs)
+    gathered = optimizer_nodes(program, "gather_matrices")
+    vectors = [x for x in one.local.signature.parameters if len(x.shape) == 1]
+    assert len(gathered) == len(vectors)
+    other = eager(SMALL, all_of(RowNorms))
+    assert_same_steps(one, other, [batch_of(0)])
+
+
+def test_what_travels_is_what_the_optimizer_multiplies() -> None:
+    """Muon casts to bfloat16 before its products, so that is what is gathered, once a matrix."""
+    program = simulated(SMALL, {"ep": 4}, muon_and_adamw).programs[0]
+    sent = optimizer_nodes(program, "gather_matrices")
+    matrices = [n for n, x in SMALL.build().named_parameters() if x.dim() == 2]
+    assert len(sent) == len([n for n in matrices if "experts" not in n])
+    assert {roles.tensor(n).dtype for n in sent} == {torch.bfloat16}
+    assert len(optimizer_nodes(program, "scatter_matrices")) == len(sent)
+    assert not optimizer_nodes(program, "all_gather_matrices")
+
+
+# --- what would be noticed ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Orthogonal", "Adafactor"])
+def test_an_update_of_shards_alone_is_noticed(name: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Cut, "_needed", lambda self: set())
+    make = OPTIMIZERS[name]
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        assert_same_steps(simulated(SMALL, {"ep": 2}, make), eager(SMALL, make), [batch_of(1)])
+
+
+@pytest.mark.parametrize(
+    "name", ["gather_matrices", "scatter_matrices", "take_matrices", "all_gather_matrices"]
+)
+def test_a_wrong_owner_is_noticed(name: str) -> None:
+    make = OPTIMIZERS["Orthogonal"]
+    one = simulated(SMALL, {"ep": 4, "dp_replicate": 2}, make)
+    (program,) = set(one.programs)
+    broken, mapping = program.copy_graph()
+    node = mapping[optimizer_nodes(program, name)[0]]
+    at = 4 if "int dim" in COLLECTIVES[name].schema else 3
+    node.update_arg(at, 1 - int(node.args[at]))  # type: ignore[arg-type]
+    for stepper in one.steppers:
+        stepper._programs = {key: program.with_graph(broken) for key in stepper._programs}
+    with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError)):
+        assert_same_steps(one, eager(SMALL, make), [batch_of(1)])
+
+
+# --- with the other options of a step -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("updates", "state", "max_norm"),
+    [("backward", "host", None), ("forward", "device", 0.5), ("forward", "host", 0.5)],
+)
+def test_updates_at_another_time_are_the_same(
+    updates: str, state: str, max_norm: float | None
+) -> None:
+    """With learning rates that a scheduler sets, and micro-batches."""
+    options = {"updates": updates, "state": state, "schedule": overlapped()}
+    one = simulated(SMALL, {"ep": 2, "tp": 2}, muon_and_adamw, max_norm, 2, **options)
+    other = eager(SMALL, muon_and_adamw, max_norm)
+    warm_up = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda n: (n + 1) / 4)
+    each = [x for stepper in one.steppers for x in stepper.optimizers]
+    schedulers = [warm_up(x) for x in (*each, *other.optimizer.parts)]  # type: ignore[attr-defined]
+    for number in range(3):
+        parts = [batch_of(2 * number + i) for i in range(2)]
+        whole = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+        loss, norm = one.step(*parts)
+        want_loss, want_norm = other.step(whole)
+        assert_close(loss, want_loss)
+        if max_norm is not None:
+            assert_close(norm, want_norm)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_same_weights(one.weights(), whole_state(other.model))
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+class Drawing(ByRow):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.sub_(0.1 * p.grad + 0.1 * torch.randn_like(p))
+
+
+class Reading(ByRow):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad * (p.grad.item() if p.numel() == 1 else 0.1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (all_of(Drawing), "draws random numbers"),
+        (lambda named: [], "needs an optimizer"),
+        (
+            lambda named: torch.optim.Muon([x for x in named.values() if x.dim() == 2]),
+            r"for each expert's part of .*bias.* 2D matrix.*another optimizer",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(errors.StepError, match=message):
+        simulated(SMALL, {"ep": 2}, make).step(batch_of(0))
+
+
+# --- real ranks -----------------------------------------------------------------------------------
+
+
+def on_rank() -> None:
+    """Two optimizers in one graph, then ordinary steps of DTensors, then a graph again."""
+    model = parallel_of(SMALL, 2)
+
+    def both(named: Named) -> Sequence[torch.optim.Optimizer]:
+        matrices = {n: x for n, x in named.items() if "weight" in n and x.dim() > 1}
+        rest = [x for n, x in named.items() if n not in matrices]
+        return Orthogonal(matrices.values()), ADAMW(rest)
+
+    optimizers = both(dict(model.named_parameters()))
+    step = train_step(model, optimizers, max_norm=0.5)
+    other = eager(SMALL, both, 0.5)
+    for number in range(4):
+        own = model.local_batch(batch_of(number))
+        want_loss, want_norm = other.step(batch_of(number))
+        if number == 2:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss = model(**own)[0]
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            for optimizer in optimizers:
+                optimizer.step()
+        else:
+            loss = step(**own)
+            assert_close(step.grad_norm, want_norm)
+        assert_close(loss.detach(), want_loss)
+    assert_same_weights(model.full_state_dict(), whole_state(other.model))
+    for parameter, held in optimizers[0].state.items():
+        momentum = held["momentum"]
+        assert isinstance(momentum, DTensor) and isinstance(parameter, DTensor)
+        assert momentum.placements == parameter.placements and momentum.shape == parameter.shape
+    assert "for each matrix" in str(step.program) and step.timeline().travelling > 0
+    with pytest.raises(errors.StepError, match="a parameter of two optimizers"):
+        train_step(model, [optimizers[0], optimizers[0]])
+
+
+def test_real_ranks_take_the_same_steps(ranks: Pools) -> None:
+    ranks(2)(on_rank)
+
+
+def on_rank_with_factors() -> None:
+    """State that is not of its parameter's shape, from one graph to the next."""
+    model = parallel_of(UNEVEN, 2)
+    optimizer = ADAFACTOR(model.parameters())
+    other = eager(UNEVEN, all_of(ADAFACTOR))
+    for number in range(3):
+        if number != 1:  # made anew, so that it reads the state as it is
+            step = train_step(model, optimizer)
+        assert_close(step(**model.local_batch(batch_of(number))), other.step(batch_of(number))[0])
+    assert_same_weights(model.full_state_dict(), whole_state(other.model))
+    for parameter, held in optimizer.state.items():
+        stacked = parameter.dim() == 3
+        if "row_var" in held:
+            assert isinstance(held["row_var"], DTensor) == stacked
+            assert held["row_var"].shape == (*parameter.shape[:-1], 1)
+
+
+def test_real_ranks_keep_state_of_another_shape(ranks: Pools) -> None:
+    ranks(2)(on_rank_with_factors)
