@@ -719,7 +719,7 @@ def _run_gather_matrices(
     owned = owned_matrices(len(like), len(sizes), first)
     own = len(owned[here.coordinate(axis)])
 
-    def joined(parts: Sequence[Tensor]) -> Tensor:
+    def joined(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts, dim)
 
     sent = [x[matrices] for matrices in owned]
@@ -759,7 +759,7 @@ def _exchanged(
     shapes: Sequence[tuple[int, ...]],
     group: Any,
     like: Tensor,
-    finish: Callable[[Sequence[Tensor]], Tensor],
+    finish: Callable[[list[Tensor]], Tensor],
 ) -> Pending:
     """Send a tensor to each rank, and receive one of these shapes from each.
 

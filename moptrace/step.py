@@ -73,9 +73,9 @@ def train_step(
     ``model`` is what ``parallelize`` returned, ``optimizer`` any ``torch.optim`` optimizer of its
     parameters, or several of different ones, such as Muon for matrices and AdamW for the rest. What
     treats every element alike works on shards, and what needs whole matrices, as Muon does, is
-    computed by an owner of each (``passes.apply_optimizer``). Gradients are scaled down to a global norm of
-    ``max_norm``, the norm that the unsharded model has; None leaves them. With ``accumulate``
-    micro-batches to a step, the loss is the mean over all their tokens.
+    computed by an owner of each (``passes.apply_optimizer``). Gradients are scaled down to a global
+    norm of ``max_norm``, the norm that the unsharded model has; None leaves them. With
+    ``accumulate`` micro-batches to a step, the loss is the mean over all their tokens.
 
     ``activations`` says what is kept from forward to backward: ``"keep"`` everything,
     ``"checkpoint"`` what enters each layer, ``"offload"`` that in the memory of the host; a number

@@ -261,8 +261,8 @@ class SimulatedRanks:
 class SimulatedSteps:
     """The training step of all ranks of a local program in one process, as ``train_step`` runs it.
 
-    ``optimizer`` makes the optimizer, or several, of one rank from its shards by fully qualified name; the other
-    options are those of ``train_step``.
+    ``optimizer`` makes the optimizer, or several, of one rank from its shards by fully qualified
+    name; the other options are those of ``train_step``.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ __all__ = ["Cut", "Matrix", "Owners", "apply", "matrix_function"]
 
 aten = torch.ops.aten
 
-Position: TypeAlias = "int | None | tuple[int | None, ...]"  # of a split, in each result
+Position: TypeAlias = "int | tuple[int | None, ...] | None"  # of a split, in each result
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Matrix:
 
     ``shape`` is that of one whole matrix (of a parameter of any number of dimensions), ``own``
     that of a rank's part. ``stack`` is how many a rank has of stacked experts, None for a parameter
-    of the user's own, and ``most`` how many any rank has. ``splits`` are the axes that split a dimension, slowest first, and
-    ``replicas`` those along which ranks have the same.
+    of the user's own, and ``most`` how many any rank has. ``splits`` are the axes that split a
+    dimension, slowest first, and ``replicas`` those along which ranks have the same.
     """
 
     shape: tuple[int, ...]
