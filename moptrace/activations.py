@@ -27,8 +27,16 @@ from moptrace.liveness import storages
 from moptrace.random import draw
 from moptrace.rings import ring, ring_backward
 from moptrace.roles import Component
+from moptrace.stages import hop, share
 
-__all__ = ["Activations", "Phase", "communicates", "decides", "rows_of_dispatch"]
+__all__ = [
+    "Activations",
+    "Phase",
+    "communicates",
+    "decides",
+    "layer_entries",
+    "rows_of_dispatch",
+]
 
 ops = torch.ops.moptrace
 
@@ -170,10 +178,22 @@ def communicates(node: fx.Node) -> bool:
     row = collective(node.target)
     if row is not None:
         return row.travels
+    if node.target in (hop, share):
+        return True
     return ring(node.target) is not None or ring_backward(node.target) is not None
 
 
 # --- phases and layers ----------------------------------------------------------------------------
+
+
+def layer_entries(program: Program) -> list[fx.Node]:
+    """Of a forward: the values that enter its layers, in order, and the one that leaves the last.
+
+    Nothing where no layer ends in a feed-forward network or experts.
+    """
+    active = _active(program)
+    forward = [n for n in program.nodes if n.op == "call_function" and n in active]
+    return _entries(forward, _main_path(program, active))
 
 
 def _active(program: Program) -> set[fx.Node]:

@@ -47,7 +47,8 @@ def parallelize(
     """
     names = mesh.mesh_dim_names
     wanted = (plan or Plan()).merged(Plan.from_mesh(names, tuple(mesh.mesh.shape)))
-    example = dict(batch) if batch is not None else made_up(model, loss_fn)
+    shape = (wanted.divisions, EXAMPLE_LENGTH)
+    example = dict(batch) if batch is not None else made_up(model, loss_fn, shape)
     try:
         return ParallelModule(model, mesh, wanted, example, loss_fn, seed)
     except TraceError as error:

@@ -39,6 +39,7 @@ from moptrace.random import draw
 from moptrace.reshard import cast_whole, constrain, reshard, route
 from moptrace.rings import RINGS
 from moptrace.rules import Rule, operands
+from moptrace.stages import stages_of
 
 __all__ = ["check"]
 
@@ -48,7 +49,7 @@ CONTEXT = 5  # nodes shown on either side of a fault
 
 def check(program: Program) -> None:
     """Raise CheckError, with the neighbourhood of the fault, unless the program is well formed."""
-    for rule in (_order, _signature, _level):
+    for rule in (_order, _signature, _level, _stages):
         _report(program, rule(program))
     if program.level >= Level.STEP:
         _report(program, _updates(program))
@@ -150,6 +151,26 @@ def _level(program: Program) -> Faults:
             yield node, f"{node.target} writes in place; programs are functional"
         if not allowed(node.target):
             yield node, f"{node.target} does not belong at level {program.level}"
+
+
+def _stages(program: Program) -> Faults:
+    """No node takes what another pipeline stage has, and a gradient is where its parameter is."""
+    if program.layout is None or program.layout.stages == 1 or program.stage is not None:
+        return
+    try:
+        stages = stages_of(program)
+    except ValueError as fault:
+        (node,) = fault.args
+        found = ", ".join(f"%{x.name}" for x in node.all_input_nodes)
+        yield node, f"a stage does not have all of {found}; values go to others by a hop"
+        return
+    for output, node in zip(program.signature.outputs, program.outputs, strict=True):
+        of = {"gradient": output.gradient, "buffer": output.buffer}
+        owners = [p for p in program.signature.parameters if p.fqn == of["gradient"]]
+        owners += [b for b in program.signature.buffers if b.fqn == of["buffer"]]
+        for owner in owners:
+            if stages[node] not in (None, owner.stage):
+                yield node, f"{owner.fqn} is stage {owner.stage}'s, and this stage {stages[node]}'s"
 
 
 # --- placements -----------------------------------------------------------------------------------

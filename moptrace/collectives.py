@@ -93,9 +93,9 @@ __all__ = [
 class Communicator:
     """The process groups of one rank, by axis name; active inside ``with communicator:``.
 
-    ``rank`` is the rank's number in the layout. ``seed`` and ``step`` decide the draws of random
-    operators (``random.py``). Make one with ``Communicator.connect``; without ``groups`` it serves
-    a simulated rank.
+    ``rank`` is the rank's number in the layout, ``stage`` that of its pipeline stage. ``seed`` and
+    ``step`` decide the draws of random operators (``random.py``). Make one with
+    ``Communicator.connect``; without ``groups`` it serves a simulated rank.
     """
 
     _active: ClassVar[list[Communicator]] = []
@@ -104,8 +104,10 @@ class Communicator:
         self.layout = layout
         self.rank = rank
         self.groups = groups or {}
+        self.stage = 0
         self.seed = 0
         self.step = 0
+        self._sent: list[tuple[Any, Tensor]] = []
 
     @classmethod
     def connect(cls, layout: Layout, ranks: Sequence[int]) -> Communicator:
@@ -134,6 +136,17 @@ class Communicator:
                 "returned, or wrap the call in `with communicator:`"
             )
         return cls._active[-1]
+
+    def keep(self, work: Any, sent: Tensor) -> None:
+        """Hold what is on its way to one rank until it has left."""
+        self._sent = [(w, x) for w, x in self._sent if not w.is_completed()]
+        self._sent.append((work, sent))
+
+    def settle(self) -> None:
+        """Wait until all that is held has left."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
 
     @contextmanager
     def at(self, seed: int, step: int) -> Iterator[None]:

@@ -58,7 +58,8 @@ class Parameter:
 
     ``fqn`` is its fully qualified name and ``aliases`` the other names of a tied parameter.
     ``stacked`` lists the user's parameters, in expert order, whose stack along a new dimension 0
-    this one is; empty for a parameter of the user's own shape.
+    this one is; empty for a parameter of the user's own shape. ``stage`` is the pipeline stage
+    whose ranks hold it.
     """
 
     name: str
@@ -68,13 +69,15 @@ class Parameter:
     requires_grad: bool = True
     aliases: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
+    stage: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """A graph input that is a buffer of the user's model, or one that a pass ``added``.
 
-    An added buffer starts at zero.
+    An added buffer starts at zero. One that the graph updates belongs to a pipeline ``stage``, from
+    which all ranks get the value after a step; None for others, which all ranks have alike.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Buffer:
     persistent: bool = True
     aliases: tuple[str, ...] = ()
     added: bool = False
+    stage: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,7 @@ class Program:
 
     Never changed: a pass takes a copy with ``copy_graph``, edits that, and returns a new program
     with ``with_graph``. ``constants`` are the tensors that the graph's ``get_attr`` nodes name.
+    ``stage`` is the pipeline stage whose ranks run it; None for the program of all stages.
     """
 
     graph: fx.Graph
@@ -181,6 +186,7 @@ class Program:
     layout: Layout | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    stage: int | None = None
     previous: Program | None = None
     made_by: Pass | None = None
 

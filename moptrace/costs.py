@@ -102,6 +102,12 @@ def _product(shapes: list[Shape]) -> float:
     return 2.0 * math.prod(a) * b[-1]
 
 
+def _linear(shapes: list[Shape]) -> float:
+    """Of ``[..., k]`` and ``[n, k]``."""
+    x, weight = shapes[:2]
+    return 2.0 * math.prod(x) * weight[0]
+
+
 def _grouped(shapes: list[Shape]) -> float:
     return _product(shapes[:2])
 
@@ -117,6 +123,9 @@ _PRODUCTS: dict[Any, Callable[[list[Shape]], float]] = {
     aten.addmm.default: _product,
     aten.bmm.default: _product,
     aten.baddbmm.default: _product,
+    aten.matmul.default: _product,
+    aten.linear.default: _linear,
+    ops.vocab_projection.default: _linear,
     ops.grouped_mm.default: _grouped,
     ops.grouped_outer.default: _grouped,
 }

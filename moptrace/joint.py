@@ -56,6 +56,7 @@ class Tape:
                 source=self._role.source,
                 backward=self._role.backward,
                 recompute=self._role.recompute,
+                micro_batch=self._role.micro_batch,
             )
         self._last = self._graph._root.prev
         self._role = role

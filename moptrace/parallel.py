@@ -8,7 +8,8 @@ import inspect
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,12 @@ from torch.utils import _pytree as pytree
 
 from moptrace import roles, state
 from moptrace.collectives import COLLECTIVES, Communicator
-from moptrace.core import Parameter, Program
+from moptrace.core import Parameter, Program, chain
 from moptrace.errors import MoptraceError
 from moptrace.passes.default import canonical, sharded
+from moptrace.passes.differentiate import differentiate
+from moptrace.passes.pipeline import pipeline
+from moptrace.passes.recompute import recompute
 from moptrace.passes.shard_parameters import (
     BATCH_DIM,
     batch_parts,
@@ -32,18 +36,21 @@ from moptrace.passes.shard_parameters import (
     expert_counts,
     is_split,
 )
+from moptrace.passes.take_stage import take_stage
 from moptrace.placement import Layout, Placement, Shard, View
 from moptrace.plan import Plan
 from moptrace.precision import convert
+from moptrace.stages import DOWN, STAGES, UP
 from moptrace.trace import rebuild, trace
 
 if TYPE_CHECKING:
     from moptrace.explain import Explanation
 
-__all__ = ["ManyShapesWarning", "ParallelModule"]
+__all__ = ["ManyShapesWarning", "ParallelModule", "part_of_batch"]
 
 log = logging.getLogger("moptrace")
 MANY_SHAPES = 8
+EVERYONE = "everyone"  # the group of all ranks
 
 
 class ManyShapesWarning(UserWarning):
@@ -79,17 +86,23 @@ class ParallelModule(nn.Module):
         self.train(model.training)
         ranks: list[int] = mesh.mesh.flatten().tolist()
         self._world = len(ranks)
-        self._batch_parts = (self._world // (plan.cp * plan.tp) or 1, plan.cp * plan.tp)
+        of_sequence = plan.cp * plan.tp
+        self._batch_parts = (self._world // (plan.pp * of_sequence) or 1, of_sequence)
+        batch = part_of_batch(batch, 0, plan.divisions)
         self._canonical = canonical()(self._capture(batch))
         self.plan = plan.resolve(self._world, expert_counts(self._canonical))
         self.layout = self.plan.layout(self._world)
-        self.storage_mesh = _storage_mesh(mesh, self.layout)
+        self.storage_mesh = _storage_mesh(mesh, self.layout, self.plan.pp)
         self._communicator = _connect(self.storage_mesh, self.layout, ranks)
         self._communicator.seed = self._agreed_seed(seed)
         self._stored: dict[str, Placement] = {}
         named = model.named_parameters(remove_duplicate=False)
         self._masters = {name: parameter.dtype for name, parameter in named}
         self._program = self._sharded(self._canonical)
+        assert self._program.layout is not None
+        self.layout = self._program.layout
+        self.plan = replace(self.plan, pp_layers=self.layout.layers or None)
+        self._parameters_of_all = self._program.signature.parameters
         self._stored = _stored(self._program)
         self._programs[self.traced_for(batch)] = self._program
         self._register(model)
@@ -102,8 +115,8 @@ class ParallelModule(nn.Module):
     def _register(self, model: nn.Module) -> None:
         whole = dict(model.named_parameters(remove_duplicate=False))
         buffers = dict(model.named_buffers(remove_duplicate=False))
-        _make_equal({**whole, **buffers}, self._group, self._device)
-        for parameter in self._canonical.signature.parameters:
+        _make_equal({**whole, **buffers}, self._everyone, self._device)
+        for parameter in self.own_parameters:
             value = state.stack(parameter, whole).detach()
             self._attach(parameter, self._shard(value, parameter))
         for buffer in self._program.signature.buffers:
@@ -136,8 +149,19 @@ class ParallelModule(nn.Module):
         )
 
     @property
+    def own_parameters(self) -> list[Parameter]:
+        """The parameters of this rank's stage."""
+        return [p for p in self._parameters_of_all if p.stage == self.stage]
+
+    @property
     def _group(self) -> Any:
+        """The ranks of this one's stage."""
         return self._communicator.groups[self.layout.home.axes[0].name]
+
+    @property
+    def _everyone(self) -> Any:
+        """The ranks of all stages."""
+        return self._communicator.groups[EVERYONE]
 
     @property
     def _device(self) -> torch.device:
@@ -154,6 +178,8 @@ class ParallelModule(nn.Module):
         """Run this rank's part of the global batch; returns what the model returned."""
         self.flush()
         batch = self.named(args, kwargs)
+        if self.plan.pp > 1:
+            return self._run_stage(batch)
         leaves = pytree.tree_leaves(batch)
         program = self.local_program(batch)
         if program not in self._runs:
@@ -165,12 +191,58 @@ class ParallelModule(nn.Module):
         with self._communicator:
             outputs = run(*_local_parts(parameters), *buffers, *tensors)
             self._communicator.step += 1
-        for output, value in zip(signature.outputs, outputs, strict=True):
-            if output.buffer is not None:
-                with torch.no_grad():
-                    self.get_buffer(output.buffer).copy_(value)
+        self._update_buffers(program, outputs)
         self._program = program
         return rebuild(signature, outputs)
+
+    @torch.no_grad()
+    def _update_buffers(self, program: Program, outputs: Sequence[Tensor]) -> None:
+        for output, value in zip(program.signature.outputs, outputs, strict=True):
+            if output.buffer is not None:
+                self.get_buffer(output.buffer).copy_(value)
+
+    def _run_stage(self, batch: Mapping[str, Any]) -> Any:
+        """Run this rank's stage on all micro-batches; returns what the model does, with the loss.
+
+        Stages take turns with forward and backward, so gradients are there when the loss is.
+        """
+        count = self.plan.divisions
+        parts = [part_of_batch(batch, number, count) for number in range(count)]
+        local = self.local_program(parts[0])
+        program = self._of_stage(local, torch.is_grad_enabled())
+        if program not in self._runs:
+            self._runs[program] = program.module(self._device)
+        buffers = [self.get_buffer(b.fqn) for b in program.signature.buffers]
+        inputs = [x.to(self._device) for x in pytree.tree_leaves(parts) if isinstance(x, Tensor)]
+
+        def run(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+            with self._communicator:
+                outputs: Sequence[Tensor] = self._runs[program](*parameters, *buffers, *inputs)
+                self._communicator.settle()
+                self._communicator.step += 1
+            self._update_buffers(program, outputs)
+            return outputs
+
+        names = [output.gradient for output in program.signature.outputs]
+        held = [p.fqn for p in program.signature.parameters]
+        place = [names.index(name) if name in names else None for name in held]
+        loss = _Pipelined.apply(run, place, *(self.get_parameter(name) for name in held))
+        self._program = local
+        outputs: list[Any] = [None] * len(local.signature.outputs)
+        outputs[local.signature.loss] = loss
+        return rebuild(local.signature, outputs)
+
+    def _of_stage(self, local: Program, backward: bool) -> Program:
+        """What this rank's stage runs of all micro-batches, with gradients or without."""
+        key = (local, backward)
+        if key not in self._programs:
+            trained = None if backward else ()
+            divided = differentiate(
+                trained, self.plan.divisions, rank=self.rank, device=self._device
+            )
+            steps = chain(divided, recompute(), pipeline(), take_stage(self.stage))
+            self._programs[key] = steps(local)
+        return self._programs[key]
 
     def flush(self) -> None:
         """Run the updates that a training step left for its next call; nothing if there are none.
@@ -199,8 +271,38 @@ class ParallelModule(nn.Module):
 
     @property
     def rank(self) -> int:
-        """This rank's number on the mesh."""
+        """This rank's number on the mesh; with pipeline stages, among those of its stage."""
         return self._communicator.rank
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage of this rank."""
+        return self._communicator.stage
+
+    def of_all_stages(self, names: Iterable[str]) -> set[str]:
+        """The names that the ranks of all stages give. Collective."""
+        own = list(names)
+        every: list[Any] = [own] * self.plan.pp
+        if self.plan.pp > 1:
+            dist.all_gather_object(every, own, group=self._communicator.groups[STAGES])
+        return {name for found in every for name in found}
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients down to a global 2-norm of ``max_norm``; returns what it was.
+
+        As ``torch.nn.utils.clip_grad_norm_``, which sees the parameters of this rank's pipeline
+        stage alone: where there are several (``Plan(pp=)``), use this one. Collective.
+        """
+        own = [p for p in self.parameters() if p.grad is not None]
+        gradients = [p.grad for p in own if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.plan.pp > 1:
+            squares = norm.to(self._device).square()
+            dist.all_reduce(squares, group=self._communicator.groups[STAGES])
+            norm = squares.sqrt()
+        torch.nn.utils.clip_grads_with_norm_(own, max_norm, norm)
+        return norm
 
     @property
     def device(self) -> torch.device:
@@ -213,22 +315,23 @@ class ParallelModule(nn.Module):
             raise TypeError(f"forward takes {self._argument_names}, got {len(args)} values")
         return {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
 
-    def differences(self, key: Any) -> list[Any]:
-        """What each rank gives for ``key``, if they differ; nothing if not. Collective."""
+    def differences(self, key: Any, of_all_stages: bool = False) -> list[Any]:
+        """What each rank of a stage gives for ``key``; nothing if that is the same. Collective."""
+        group = self._everyone if of_all_stages else self._group
         digest = hashlib.blake2b(repr(key).encode(), digest_size=6).digest()
         mine = int.from_bytes(digest, "big")
         extremes = torch.tensor([mine, -mine], device=self._device)
-        every: list[Any] = [None] * self._world
-        if self._world > 1:
-            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
+        every: list[Any] = [None] * dist.get_world_size(group)
+        if len(every) > 1:
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
         if extremes[0] == -extremes[1]:
             return []
-        dist.all_gather_object(every, key, group=self._group)
+        dist.all_gather_object(every, key, group=group)
         return every
 
     def _check_batches(self, key: Any) -> None:
         """Every rank must feed the same shapes, else collectives would wait for ever."""
-        if not (every := self.differences(key)):
+        if not (every := self.differences(key, of_all_stages=True)):
             return
         shown = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(every))
         raise MoptraceError(
@@ -326,11 +429,27 @@ class ParallelModule(nn.Module):
 
     def _whole(self, of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for parameter in self._canonical.signature.parameters:
-            held = of(self.get_parameter(parameter.fqn))
-            whole = None if held is None else self._gather(held.detach(), parameter)
-            found.update(state.unstack(parameter, whole))
+        for parameter in self._parameters_of_all:
+            whole = None
+            if parameter.stage == self.stage:
+                held = of(self.get_parameter(parameter.fqn))
+                whole = None if held is None else self._gather(held.detach(), parameter)
+            found.update(state.unstack(parameter, self._shared(whole, parameter)))
         return found
+
+    def _shared(self, whole: Tensor | None, parameter: Parameter) -> Tensor | None:
+        """What the ranks of a parameter's stage have of it, on those of all stages."""
+        if self.plan.pp == 1:
+            return whole
+        group = self._communicator.groups[STAGES]
+        known: list[Any] = [None if whole is None else whole.dtype]
+        dist.broadcast_object_list(known, group=group, group_src=parameter.stage)
+        if known[0] is None:
+            return None
+        if whole is None:
+            whole = torch.empty(parameter.shape, dtype=known[0], device=self._device)
+        dist.broadcast(whole, group=group, group_src=parameter.stage)
+        return whole
 
     def _gather(self, held: Tensor, parameter: Parameter) -> Tensor:
         """The whole tensor of which every rank holds a part."""
@@ -363,8 +482,9 @@ class ParallelModule(nn.Module):
             raise KeyError(f"the state has no {', '.join(missing)}")
         if unknown := [name for name in whole if name not in {*needed, *aliases}]:
             raise ValueError(f"the model has no {', '.join(unknown)}")
-        values = [state.stack(p, whole) for p in signature.parameters]
-        for parameter, value in zip(signature.parameters, values, strict=True):
+        values = {p.name: state.stack(p, whole) for p in signature.parameters}
+        for parameter in self.own_parameters:
+            value = values[parameter.name]
             held = self.get_parameter(parameter.fqn)
             part = self._shard(value.to(held.dtype), parameter)
             if held.is_meta:
@@ -378,7 +498,7 @@ class ParallelModule(nn.Module):
         """The first rank's seed, so that replicas of a value draw alike."""
         mine = torch.initial_seed() if seed is None else seed
         agreed = torch.tensor([mine & (2**62 - 1)], device=self._device)
-        dist.broadcast(agreed, group=self._group, group_src=0)
+        dist.broadcast(agreed, group=self._everyone, group_src=0)
         return int(agreed)
 
 
@@ -397,15 +517,65 @@ class _LocalParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[DTensor | None, ...]:
         return tuple(
-            None
-            if gradient is None
-            else DTensor.from_local(
-                gradient.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
-            )
-            for gradient, (mesh, placements, shape, stride) in zip(
-                gradients, ctx.specs, strict=True
-            )
+            None if gradient is None else _sharded(gradient, *spec)
+            for gradient, spec in zip(gradients, ctx.specs, strict=True)
         )
+
+
+class _Pipelined(torch.autograd.Function):
+    """The loss of all stages and micro-batches, whose gradients come with it.
+
+    ``place`` says which of the results is the gradient of each parameter.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        place: Sequence[int | None],
+        *parameters: DTensor,
+    ) -> Tensor:
+        outputs = run([p._local_tensor for p in parameters])
+        ctx.place, ctx.outputs = place, outputs
+        ctx.specs = [(p.device_mesh, p.placements, p.shape, p.stride()) for p in parameters]
+        return outputs[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (scale,) = gradients
+        pairs = zip(ctx.place, ctx.specs, strict=True)
+        return (
+            None,
+            None,
+            *(
+                None if at is None else _sharded(ctx.outputs[at] * scale, *spec)
+                for at, spec in pairs
+            ),
+        )
+
+
+def _sharded(part: Tensor, mesh: DeviceMesh, placements: Any, shape: Any, stride: Any) -> DTensor:
+    return DTensor.from_local(
+        part.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def part_of_batch(batch: Mapping[str, Any], number: int, parts: int) -> dict[str, Any]:
+    """One micro-batch of a batch whose sequences are divided among so many."""
+    leaves = [x for x in pytree.tree_leaves(dict(batch)) if isinstance(x, Tensor)]
+    sizes = batch_sizes([tuple(x.shape) for x in leaves])
+    if sizes[0] is not None and sizes[0] % parts:
+        raise MoptraceError(
+            f"a rank's batch of {sizes[0]} sequences cannot be divided into {parts} micro-batches; "
+            f"give a multiple of {parts}, or say train_step(accumulate=) or Plan(micro_batches=)"
+        )
+
+    def own(x: Any) -> Any:
+        if isinstance(x, Tensor) and is_split(x.shape, 0, sizes):
+            return x.chunk(parts)[number]
+        return x
+
+    return pytree.tree_map(own, dict(batch))
 
 
 def _local_parts(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -477,30 +647,48 @@ def _stored(program: Program) -> dict[str, Placement]:
     return held
 
 
-def _storage_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
-    axes = layout.storage.axes
-    ranks = mesh.mesh.reshape([axis.size for axis in axes])
-    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=tuple(axis.name for axis in axes))
+def _storage_mesh(mesh: DeviceMesh, layout: Layout, stages: int) -> DeviceMesh:
+    """The ranks of this one's stage, cut as storage is."""
+    sizes = [axis.size for axis in layout.storage.axes]
+    names = tuple(axis.name for axis in layout.storage.axes)
+    if stages == 1:
+        return DeviceMesh(mesh.device_type, mesh.mesh.reshape(sizes), mesh_dim_names=names)
+    ranks = mesh.mesh.reshape([stages, *sizes])
+    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("pp", *names))[names]
 
 
 def _connect(storage_mesh: DeviceMesh, layout: Layout, ranks: Sequence[int]) -> Communicator:
-    """The process groups of every axis of every view; those of the storage mesh exist already."""
-    me = list(ranks).index(dist.get_rank())
-    everyone = ranks == list(range(dist.get_world_size()))
+    """The process groups of every axis of every view; those of the storage mesh exist already.
+
+    ``ranks`` are those of all pipeline stages.
+    """
+    stage, me = divmod(list(ranks).index(dist.get_rank()), layout.world_size)
+    everyone = list(ranks) == list(range(dist.get_world_size()))
+    first = stage * layout.world_size
+    own_stage = list(ranks)[first : first + layout.world_size]
     made: dict[tuple[int, ...], Any] = {}
     for axis in layout.storage.axes:
         made[_members(layout.storage, axis.name, me)] = storage_mesh.get_group(axis.name)
-    if everyone:
+    if everyone and own_stage == list(ranks):
         made[tuple(range(len(ranks)))] = dist.group.WORLD
     groups: dict[str, Any] = {}
     for view in layout.views:
         for axis in view.axes:
             members = _members(view, axis.name, me)
             if members not in made:
-                own = [ranks[i] for i in members]
+                own = [own_stage[i] for i in members]
                 made[members] = dist.new_group(own, use_local_synchronization=True)
             groups[axis.name] = made[members]
-    return Communicator(layout, me, groups)
+    groups[EVERYONE] = groups[layout.home.axes[0].name]
+    if own_stage != list(ranks):
+        whole = dist.group.WORLD if everyone else None
+        groups[EVERYONE] = whole or dist.new_group(list(ranks), use_local_synchronization=True)
+        beside = list(ranks)[me :: layout.world_size]
+        for name in (STAGES, UP, DOWN):
+            groups[name] = dist.new_group(beside, use_local_synchronization=True)
+    communicator = Communicator(layout, me, groups)
+    communicator.stage = stage
+    return communicator
 
 
 def _members(view: View, axis: str, rank: int) -> tuple[int, ...]:

@@ -324,6 +324,9 @@ class Layout:
     also in use, ``vocabulary`` that of the weights that have a row for each word, ``experts`` that
     of the experts. ``storage`` is cut finely enough for all of them, so that every parameter is a
     ``DTensor`` on one mesh and optimizers and norms see a single one.
+
+    Pipeline stages, if there are any, have these views each of their own ranks; ``layers`` are the
+    numbers of layers that they have.
     """
 
     home: View
@@ -333,6 +336,7 @@ class Layout:
     vocabulary: View
     experts: View
     storage: View
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len({view.size for view in self.views}) != 1:
@@ -396,7 +400,12 @@ class Layout:
 
     @property
     def world_size(self) -> int:
+        """The ranks of a stage: all of them, if there is one."""
         return self.home.size
+
+    @property
+    def stages(self) -> int:
+        return len(self.layers) or 1
 
     @cached_property
     def views(self) -> tuple[View, ...]:
@@ -483,7 +492,10 @@ class Layout:
         return next(allowed, placement)
 
     def __str__(self) -> str:
-        return " ".join(str(view) for view in self.views)
+        views = " ".join(str(view) for view in self.views)
+        if not self.layers:
+            return views
+        return f"stages({' + '.join(map(str, self.layers))} layers) of {views}"
 
 
 def _refined(*views: View) -> View:

@@ -53,7 +53,11 @@ class Plan:
     ``balance``: where some ranks of ``ep`` get many more rows than others, send rows and their
     experts' weights from these to those; by default each rank computes its own experts' rows.
     ``count_tokens``: count each expert's tokens in a buffer of the model, ``tokens_per_expert``.
-    ``pp`` (pipeline) is 1: larger sizes are refused until its pass exists.
+    ``pp``: pipeline stages, of W / pp ranks each; all other sizes are those of a stage's ranks.
+    ``pp_layers``: how many layers each stage has; by default stages take about as long as one
+    another. ``micro_batches``: into how many a rank's sequences are divided, so that stages work at
+    the same time; by default ``pp``. (A training step with ``accumulate=`` has as many of these
+    each.) With stages the model returns the loss alone.
 
     >>> Plan(ep=2).resolve(world_size=4, experts=[8]).ep
     2
@@ -62,6 +66,8 @@ class Plan:
     tp: int = 1
     cp: int = 1
     pp: int = 1
+    pp_layers: tuple[int, ...] | None = None
+    micro_batches: int | None = None
     ep: int | None = None
     etp: int = 1
     vp: int | None = None
@@ -90,16 +96,35 @@ class Plan:
         chosen = [f"{name}={value!r}" for name, value in told if value != getattr(Plan, name)]
         return f"Plan({', '.join(chosen)})"
 
+    @property
+    def divisions(self) -> int:
+        """Into how many micro-batches a rank's batch is divided."""
+        return self.pp if self.micro_batches is None else self.micro_batches
+
     def resolve(self, world_size: int, experts: list[int]) -> Plan:
         """Fill in the defaults for W ranks and layers with these numbers of experts.
 
         Raises PlanError, with the plans that would fit, where a size does not divide W.
         """
-        if self.pp != 1:
+        ranks, rest = divmod(world_size, max(self.pp, 1))
+        if rest or self.pp < 1:
+            fitting = [f"Plan(pp={d})" for d in range(1, world_size + 1) if not world_size % d]
             raise PlanError(
-                f"pp={self.pp} is not available yet; leave pp=1. Data, tensor, context, expert, "
-                "expert tensor and sharded-parameter parallelism are."
+                f"pp={self.pp} does not divide the {world_size} ranks of the mesh. "
+                f"These would: {', '.join(fitting)}"
             )
+        micro_batches = self.divisions
+        if micro_batches < 1 or (self.pp == 1 and micro_batches > 1):
+            raise PlanError(
+                f"micro_batches={micro_batches} with pp={self.pp}: give 1 or more to a pipeline's "
+                "stages; without any, train_step(accumulate=) divides a step"
+            )
+        of_stage = replace(self, pp=1, pp_layers=None, micro_batches=None)
+        resolved = of_stage._resolve_stage(ranks, experts)
+        return replace(resolved, pp=self.pp, pp_layers=self.pp_layers, micro_batches=micro_batches)
+
+    def _resolve_stage(self, world_size: int, experts: list[int]) -> Plan:
+        """The same for the ranks of one stage."""
         if self.edp not in ("shard", "replicate"):
             raise PlanError(f"edp is 'shard' or 'replicate', not {self.edp!r}")
         if self.dispatcher not in ("all-to-all", "all-gather"):
@@ -212,10 +237,10 @@ class Plan:
         )
 
     def layout(self, world_size: int) -> Layout:
-        """The views of the ranks under a resolved plan."""
+        """The views of a stage's ranks, of W in all, under a resolved plan."""
         assert self.ep is not None, "resolve the plan first"
         return Layout.of(
-            world_size,
+            world_size // self.pp,
             self.ep,
             self.cp,
             tp=self.tp,

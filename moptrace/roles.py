@@ -74,6 +74,7 @@ class Role:
     shapes. ``backward`` is whether the node is part of the backward of that component and line.
     ``recompute`` names the region that the node belongs to, if its values are computed again in
     backward instead of kept: nodes of one region follow from one another (``recompute.py``).
+    ``micro_batch`` is the number of that to which a step's node belongs, None for those of all.
     """
 
     component: Component | None = None
@@ -85,6 +86,7 @@ class Role:
     rule: Any = None
     backward: bool = False
     recompute: str = ""
+    micro_batch: int | None = None
 
 
 _NOTHING = Role()

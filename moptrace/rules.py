@@ -824,6 +824,12 @@ def fused_update(node: fx.Node) -> Rule:
     return Rule(ins, (dims,) * len(results(node)))
 
 
+def hop(node: fx.Node) -> Rule:
+    """A value goes to other ranks as it is, terms of a sum each for themselves."""
+    dims = _dims("d", roles.tensor(node).dim())
+    return Rule((dims,), (dims,), frozenset({0}))
+
+
 def constant(node: fx.Node) -> Rule:
     """No tensor operand: the same value everywhere."""
     result = roles.tensor(node)
@@ -990,7 +996,8 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
     import moptrace.kernels.fused_adam
     import moptrace.kernels.grouped_mm
     import moptrace.kernels.routing
-    import moptrace.kernels.vocab_projection  # noqa: F401  importing registers the operators
+    import moptrace.kernels.vocab_projection
+    import moptrace.stages  # noqa: F401  importing registers the operators
 
     ops = torch.ops.moptrace
     return {
@@ -1006,6 +1013,7 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
         ops.embedding_rows: embedding_rows,
         ops.kept_tokens: _same,
         ops.fused_adam: fused_update,
+        ops.hop: hop,
     }
 
 

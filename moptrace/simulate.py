@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from moptrace.core import Level, Program
 from moptrace.placement import Layout
 from moptrace.recompute import Region, recomputed, with_regions
 from moptrace.rings import Journey, Ring, Seat, drive_together, ring, ring_backward
+from moptrace.stages import receive, received, send, shared
 
 __all__ = ["simulate"]
 
@@ -45,13 +47,15 @@ def simulate(
     rank's graph outputs. Differentiable: ``torch.autograd.backward`` of all ranks' losses runs
     every rank's backward, each from its own loss. Ranks whose shards are of different shapes have
     step programs of their own, which agree in their collectives: ``program`` has one for each then.
+    Of programs of pipeline stages there is one for each rank too, stage by stage.
     """
     programs = [program] * len(arguments) if isinstance(program, Program) else list(program)
     layout = programs[0].layout
-    assert layout is not None and len(arguments) == len(programs) == layout.world_size
-    ranks = [Communicator(layout, rank) for rank in range(layout.world_size)]
-    for rank in ranks:
-        rank.seed, rank.step = seed, step
+    assert layout is not None and len(arguments) == len(programs)
+    assert len(arguments) == layout.world_size * (1 if programs[0].stage is None else layout.stages)
+    ranks = [Communicator(layout, number % layout.world_size) for number in range(len(programs))]
+    for rank, own in zip(ranks, programs, strict=True):
+        rank.seed, rank.step, rank.stage = seed, step, own.stage or 0
     graphs = [own.graph for own in programs]
     if programs[0].level == Level.LOCAL:  # autograd differentiates it
         graphs = [with_regions(graphs[0])] * len(ranks)
@@ -66,19 +70,59 @@ def _run(
 ) -> list[tuple[Any, ...]]:
     """Each rank's results of its graph; ``arguments`` are its placeholders and constants."""
     runs = [_rank(*own) for own in zip(graphs, arguments, ranks, strict=True)]
-    answers: Sequence[Any] = [None] * len(runs)
-    while True:
-        requests: list[Any] = []
-        for run, answer in zip(runs, answers, strict=True):
+    stages = [list(own) for _, own in groupby(range(len(runs)), lambda r: ranks[r].stage)]
+    mail = _Mail(ranks)
+    results: dict[int, tuple[Any, ...]] = {}
+    requests: dict[int, _Meeting] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(runs)))
+    while answers:
+        for rank, answer in answers.items():
             try:
-                requests.append(run.send(answer))
+                requests[rank] = runs[rank].send(answer)
             except StopIteration as end:
-                requests.append(end)
-        if all(isinstance(request, StopIteration) for request in requests):
-            return [end.value for end in requests]
-        targets = {getattr(request, "target", None) for request in requests}
-        assert len(targets) == 1, f"the ranks' programs differ: {targets}"
-        answers = _meet(requests[0].target, [request.args for request in requests], ranks)
+                results[rank] = end.value
+        answers = mail.answers(requests)
+        for own in stages:
+            if not any(rank in answers for rank in own) and all(rank in requests for rank in own):
+                targets = {requests[rank].target for rank in own}
+                if len(targets) == 1 and not targets & _MAIL:
+                    args = [requests[rank].args for rank in own]
+                    found = _meet(targets.pop(), args, [ranks[rank] for rank in own])
+                    answers |= dict(zip(own, found, strict=True))
+        for rank in answers:
+            del requests[rank]
+    waiting = {rank: request.target for rank, request in requests.items()}
+    assert not waiting, f"the ranks' programs differ: they wait for ever, {waiting}"
+    return [results[rank] for rank in range(len(runs))]
+
+
+class _Mail:
+    """What pipeline stages send each other: each rank, with the ranks of its place elsewhere."""
+
+    def __init__(self, ranks: Sequence[Communicator]):
+        self.ranks = ranks
+        self.sent: dict[tuple[int, int, int], Tensor] = {}  # to a stage's rank, by hop
+
+    def answers(self, requests: Mapping[int, _Meeting]) -> dict[int, Any]:
+        """Of the ranks that ask for what can be done now."""
+        found: dict[int, Any] = {}
+        for number, request in requests.items():
+            here = self.ranks[number]
+            if request.target is send:
+                x, target, hop = request.args
+                self.sent[target, here.rank, hop] = x.detach().clone()
+                found[number] = None
+            elif request.target is received:
+                address = (here.stage, here.rank, request.args[0])
+                if address in self.sent:
+                    found[number] = self.sent.pop(address)
+        alike = [n for n, request in requests.items() if request.target is shared]
+        if len(alike) == len(self.ranks):
+            for number in alike:
+                own = [n for n in alike if self.ranks[n].rank == self.ranks[number].rank]
+                (x,) = (x for n in own if (x := requests[n].args[0]) is not None)
+                found[number] = x.detach().clone()
+        return found
 
 
 @dataclass(frozen=True)
@@ -104,7 +148,9 @@ def _rank(
         positional, keywords = map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "output":
             return positional[0]
-        if _takes_all(node.target):
+        if node.target is receive:
+            values[node] = positional[-1]  # the number of the hop
+        elif _takes_all(node.target):
             values[node] = yield _Meeting(node.target, positional)
         else:
             with rank:
@@ -116,9 +162,12 @@ def _rank(
     raise AssertionError("the graph has no output")
 
 
+_MAIL = {send, received, shared}
+
+
 def _takes_all(target: Any) -> bool:
     """Whether an operator is one of several ranks."""
-    if isinstance(target, Region) or target is start:
+    if isinstance(target, Region) or target is start or target in _MAIL:
         return True
     return any(row(target) is not None for row in (collective, ring, ring_backward))
 

@@ -23,7 +23,7 @@ from moptrace.costs import Machine
 from moptrace.errors import StepError
 from moptrace.kernels.host_memory import finish_copies
 from moptrace.liveness import Peak, overwritable, peak_memory, write_backs
-from moptrace.parallel import ParallelModule
+from moptrace.parallel import ParallelModule, part_of_batch
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
 from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.clip_gradients import NORM, clip_gradients
@@ -33,9 +33,10 @@ from moptrace.passes.defer_updates import PENDING, defer_updates, leave_updates,
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.fit_activations import fit_activations
 from moptrace.passes.offload import offload
+from moptrace.passes.pipeline import pipeline
 from moptrace.passes.recompute import recompute
-from moptrace.passes.shard_parameters import batch_sizes, is_split
 from moptrace.passes.stream_state import stream_state
+from moptrace.passes.take_stage import take_stage
 from moptrace.passes.update_early import update_early
 from moptrace.placement import Placement, Shard
 from moptrace.timeline import Timeline, measure, predict, write
@@ -107,19 +108,25 @@ def train_step(
     Raises StepError for parameters that are not the model's, that the loss does not depend on, for
     optimizers that cannot be recorded, and for a number of bytes within which no choice is.
     """
-    passes = [*_policy(activations, schedule), *([schedule] if schedule else [])]
-    passes += [compile_regions()] if compile else []
+    if isinstance(activations, int) and model.plan.pp > 1:
+        raise StepError(
+            f"activations={activations!r} is a bound on the memory of a step whose forward comes "
+            "before its backward, and the stages of Plan(pp=) take turns with both; say "
+            "'checkpoint' or 'offload', or a pass"
+        )
+    policy = _policy(activations, schedule)
+    passes = [*([schedule] if schedule else []), *([compile_regions()] if compile else [])]
     scheduled = chain(*passes) if passes else None
-    return TrainStep(model, optimizer, max_norm, accumulate, scheduled, updates, state)
+    return TrainStep(model, optimizer, max_norm, accumulate, scheduled, updates, state, policy)
 
 
-def _policy(activations: str | int | Pass, schedule: Pass | None) -> list[Pass]:
-    """The passes that ``train_step(activations=)`` names, and that come before the schedule."""
+def _policy(activations: str | int | Pass, schedule: Pass | None) -> Pass | None:
+    """The pass that ``train_step(activations=)`` names, and that comes before the schedule."""
     if isinstance(activations, Pass):
-        return [activations]
+        return activations
     if isinstance(activations, int) and not isinstance(activations, bool) and activations > 0:
-        return [fit_activations(activations, then=schedule)]
-    known = {"keep": [], "checkpoint": [checkpoint()], "offload": [checkpoint(), offload()]}
+        return fit_activations(activations, then=schedule)
+    known = {"keep": None, "checkpoint": checkpoint(), "offload": chain(checkpoint(), offload())}
     if activations not in known:
         raise StepError(
             f"activations={activations!r} is none of {', '.join(map(repr, known))}, a positive "
@@ -151,21 +158,27 @@ class TrainStep:
         schedule: Pass | None,
         updates: str = "after",
         state: str | Pass = "device",
+        activations: Pass | None = None,
     ):
         if accumulate < 1:
             raise StepError(f"a step has one micro-batch or more, not accumulate={accumulate}")
         self.model, self.optimizer = model, optimizer
         self.accumulate = accumulate
         self._schedule = schedule
+        names = _names(model, several(optimizer))
+        trained = (name for parameter, name in names.items() if parameter.requires_grad)
         self._stepper = Stepper(
             optimizer,
-            _names(model, several(optimizer)),
+            names,
             max_norm,
-            accumulate,
+            accumulate * model.plan.divisions,
             schedule,
             model.rank,
             updates,
             state,
+            activations,
+            model.stage,
+            model.of_all_stages(trained),
         )
         for each in self._stepper.optimizers:
             each.register_step_pre_hook(lambda *_: self._settle())
@@ -202,7 +215,7 @@ class TrainStep:
             measured.append(found)
             return results
 
-        loss = self._step([_part(batch, i, self.accumulate) for i in range(self.accumulate)], run)
+        loss = self._step(self._parts([batch], self.accumulate), run)
         write(path, {"measured": measured[0], "predicted": self.timeline()})
         return loss
 
@@ -217,7 +230,7 @@ class TrainStep:
         dimension is divided. ``grad_norm`` is then the norm of the gradients before clipping.
         """
         batch = self.model.named(args, kwargs)
-        return self._step([_part(batch, i, self.accumulate) for i in range(self.accumulate)])
+        return self._step(self._parts([batch], self.accumulate))
 
     def add(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Give one micro-batch; the last one of a step runs it and returns the loss, else None."""
@@ -225,7 +238,12 @@ class TrainStep:
         if len(self._waiting) < self.accumulate:
             return None
         given, self._waiting = self._waiting, []
-        return self._step(given)
+        return self._step(self._parts(given))
+
+    def _parts(self, batches: Sequence[Mapping[str, Any]], each: int = 1) -> list[dict[str, Any]]:
+        """The micro-batches of a step: of each batch so many, and of these the pipeline's."""
+        count = each * self.model.plan.divisions
+        return [part_of_batch(batch, i, count) for batch in batches for i in range(count)]
 
     def _step(
         self,
@@ -288,7 +306,9 @@ class TrainStep:
             self._runs[program] = executable(program, self.model.device)
         module, arguments = self._runs[program], [*self._held(program), *inputs]
         with torch.no_grad(), self.model.communicator:
-            return run(module, arguments) if run else module(*arguments)
+            results = run(module, arguments) if run else module(*arguments)
+            self.model.communicator.settle()
+            return results
 
     def _held(self, program: Program) -> list[Tensor]:
         """What a program takes beside the batch: parameters, buffers, the optimizer's state."""
@@ -388,7 +408,9 @@ def several(
 class Stepper:
     """The step programs of one rank, and the optimizers whose state they read and write.
 
-    ``names`` gives the fully qualified name of every parameter of the optimizers.
+    ``names`` gives the fully qualified name of every parameter of the optimizers. ``rank`` is the
+    rank's number in its pipeline ``stage``, and ``trained`` are the parameters of all stages'
+    optimizers, by default those of this one's.
     """
 
     def __init__(
@@ -401,10 +423,15 @@ class Stepper:
         rank: int = 0,
         updates: str = "after",
         state: str | Pass = "device",
+        activations: Pass | None = None,
+        stage: int = 0,
+        trained: Collection[str] | None = None,
     ):
         self.optimizers, self.names = several(optimizer), names
         self.max_norm, self.micro_batches = max_norm, micro_batches
-        self.rank = rank
+        self.rank, self.stage = rank, stage
+        self._trained = trained
+        self._activations = activations
         self.defers = updates == "forward"
         self.pending: dict[str, Tensor] = {}  # what updates take that the next step runs, by path
         self._early = _chosen("updates", updates, _UPDATES)
@@ -432,7 +459,8 @@ class Stepper:
         how = self._early
         if self.defers and not makes_state(finished):
             how = defer_updates() if self.pending else leave_updates()
-        program = self._made(finished, how, self._stream, self._schedule)
+        late = None if self._is_pipelined(local) else self._activations
+        program = self._made(finished, how, self._stream, late, self._schedule)
         self._sources[program] = (kind, finished)
         return program
 
@@ -478,14 +506,22 @@ class Stepper:
         return self._finished[local, kind]
 
     def _with_gradients(self, local: Program, device: torch.device | str) -> Program:
-        trained = [name for name, p in self._parameters.items() if p.requires_grad]
+        own = [name for name, p in self._parameters.items() if p.requires_grad]
+        trained = sorted(self._trained) if self._trained is not None else own
         passes = [
             differentiate(trained, self.micro_batches, rank=self.rank, device=device),
             recompute(),
         ]
         if self.max_norm is not None:
             passes.append(clip_gradients(self.max_norm))
+        if self._is_pipelined(local):
+            # Layers are seen while a micro-batch's nodes stand together, and of all stages.
+            passes += [self._activations] if self._activations else []
+            passes += [pipeline(), take_stage(self.stage)]
         return chain(*passes)(local)
+
+    def _is_pipelined(self, local: Program) -> bool:
+        return local.layout is not None and local.layout.stages > 1
 
     def _kind(self) -> tuple[Any, ...]:
         """What the optimizer's part is traced for: options by value, state by shape and dtype."""
@@ -621,7 +657,7 @@ def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
 
 def _names(model: ParallelModule, optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, str]:
     """The names of the optimizers' parameters; StepError if one is not the model's, or is twice."""
-    of = {id(model.get_parameter(p.fqn)): p.fqn for p in model.program.signature.parameters}
+    of = {id(model.get_parameter(p.fqn)): p.fqn for p in model.own_parameters}
     names: dict[Tensor, str] = {}
     for number, group in enumerate(g for each in optimizers for g in each.param_groups):
         for parameter in group["params"]:
@@ -638,24 +674,6 @@ def _names(model: ParallelModule, optimizers: Sequence[torch.optim.Optimizer]) -
                 )
             names[parameter] = of[id(parameter)]
     return names
-
-
-def _part(batch: Mapping[str, Any], number: int, parts: int) -> dict[str, Any]:
-    """One micro-batch of a batch whose sequences are divided among so many."""
-    leaves = [x for x in pytree.tree_leaves(dict(batch)) if isinstance(x, Tensor)]
-    sizes = batch_sizes([tuple(x.shape) for x in leaves])
-    if sizes[0] is not None and sizes[0] % parts:
-        raise StepError(
-            f"a rank's batch of {sizes[0]} sequences cannot be divided into {parts} micro-batches; "
-            f"give a multiple of {parts}"
-        )
-
-    def own(x: Any) -> Any:
-        if isinstance(x, Tensor) and is_split(x.shape, 0, sizes):
-            return x.chunk(parts)[number]
-        return x
-
-    return pytree.tree_map(own, dict(batch))
 
 
 def _own(x: Tensor) -> Tensor:

@@ -278,19 +278,39 @@ class SimulatedSteps:
         seed: int = 0,
         updates: str = "after",
         state: str | Pass = "device",
+        activations: Pass | None = None,
     ):
+        assert local.layout is not None
         self.local = local
         self.ranks = SimulatedRanks(local, whole, seed)
-        self.steppers: list[Stepper] = []
-        for rank, own in enumerate(self.ranks.ranks):
-            shards = {p.fqn: own[p.name] for p in local.signature.parameters}
-            names = {shard: name for name, shard in shards.items()}
-            made = optimizer(shards)
-            groups = [group for each in several(made) for group in each.param_groups]
-            held = {p: names[p] for group in groups for p in group["params"]}
-            options = (max_norm, accumulate, schedule, rank, updates, state)
-            self.steppers.append(Stepper(made, held, *options))
-        sizes = [sizes_of_rank(local, rank) for rank in range(len(self.steppers))]
+        made: list[tuple[int, int, tuple[torch.optim.Optimizer, ...], dict[Tensor, str]]] = []
+        for stage in range(local.layout.stages):
+            for rank, own in enumerate(self.ranks.ranks):
+                owned = [p for p in local.signature.parameters if p.stage == stage]
+                shards = {p.fqn: own[p.name] for p in owned}
+                names = {shard: name for name, shard in shards.items()}
+                update = several(optimizer(shards))
+                groups = [group for each in update for group in each.param_groups]
+                held = {p: names[p] for group in groups for p in group["params"]}
+                made.append((stage, rank, update, held))
+        trained = {name for *_, held in made for p, name in held.items() if p.requires_grad}
+        self.steppers = [
+            Stepper(
+                update,
+                held,
+                max_norm,
+                accumulate,
+                schedule,
+                rank,
+                updates,
+                state,
+                activations,
+                stage,
+                trained,
+            )
+            for stage, rank, update, held in made
+        ]
+        sizes = [(s.stage, sizes_of_rank(local, s.rank)) for s in self.steppers]
         self._like = [sizes.index(own) for own in sizes]
 
     @property
@@ -340,10 +360,11 @@ class SimulatedSteps:
         signature = program.signature
         inputs = [x for batch in batches for x in inputs_of(self.local.signature, batch)]
         of_local = [x.name for x in self.local.signature.inputs] * len(batches)
-        parts = [self.ranks.part(name, x, rank) for name, x in zip(of_local, inputs, strict=True)]
+        at = self.steppers[rank].rank  # in its stage
+        parts = [self.ranks.part(name, x, at) for name, x in zip(of_local, inputs, strict=True)]
         states = self.steppers[rank].states(program)
         return {
-            **self.ranks.ranks[rank],
+            **self.ranks.ranks[at],
             **dict(zip([x.name for x in signature.inputs], parts, strict=True)),
             **dict(zip([x.name for x in signature.states], states, strict=True)),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -37,7 +37,8 @@ def bucket_gathers(size: int = 64 << 20) -> Pass:
         graph, _ = program.copy_graph()
         assert program.layout is not None
         changed = False
-        for bucket in list(_buckets(graph, size)):
+        stages = {p.name: p.stage for p in program.signature.parameters}
+        for bucket in list(_buckets(graph, size, stages)):
             if len(bucket) > 1:
                 _merge(graph, bucket, program.layout)
                 changed = True
@@ -66,12 +67,12 @@ class _Gather:
         return list(roles.tensor(self.node).shape)
 
 
-_Key: TypeAlias = tuple[str, str | None, torch.dtype, torch.dtype, torch.dtype]
+_Key: TypeAlias = tuple[int, str, str | None, torch.dtype, torch.dtype, torch.dtype]
 _GATHERS = (ops.all_gather.default, ops.all_gather_cast.default)
 
 
-def _buckets(graph: fx.Graph, size: int) -> Iterator[list[_Gather]]:
-    """Gathers of one axis and one set of dtypes in program order, cut where a bucket is full."""
+def _buckets(graph: fx.Graph, size: int, stages: Mapping[str, int]) -> Iterator[list[_Gather]]:
+    """Gathers of one stage, axis and set of dtypes in program order, cut where a bucket is full."""
     filling: dict[_Key, list[_Gather]] = {}
     bytes_: dict[_Key, int] = {}
     for node in graph.nodes:
@@ -80,7 +81,7 @@ def _buckets(graph: fx.Graph, size: int) -> Iterator[list[_Gather]]:
             continue
         whole = roles.tensor(node)
         dtypes = (roles.tensor(gather.shard).dtype, gather.dtype, whole.dtype)
-        key = (gather.axis, gather.copies, *dtypes)
+        key = (stages[gather.shard.name], gather.axis, gather.copies, *dtypes)
         filling.setdefault(key, []).append(gather)
         bytes_[key] = bytes_.get(key, 0) + whole.numel() * whole.element_size()
         if bytes_[key] >= size:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +15,7 @@ from moptrace.errors import PassError
 from moptrace.joint import Tape, record, splice
 from moptrace.placement import Shard
 from moptrace.roles import Component, Role
+from moptrace.stages import share
 
 __all__ = ["NORM", "clip_gradients"]
 
@@ -41,13 +41,14 @@ def clip_gradients(max_norm: float) -> Pass:
         if not places:
             raise PassError(f"clip_gradients({max_norm}) found no gradients to clip")
         inputs = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-        names = [program.signature.parameter(str(outputs[i].gradient)).name for i in places]
-        held = [_axes(inputs[name]) for name in names]
+        clipped_ones = [program.signature.parameter(str(outputs[i].gradient)) for i in places]
+        held = [(p.stage, _axes(inputs[p.name])) for p in clipped_ones]
+        has_stages = program.layout is not None and program.layout.stages > 1
 
         def clip(tape: Tape, **gradients: Tensor) -> list[Tensor]:
             tape.work_on(Role(Component.CLIPPING))
             with torch.no_grad():
-                norm = _norm(list(gradients.values()), held)
+                norm = _norm(list(gradients.values()), held, has_stages)
                 if math.isinf(max_norm):
                     return [norm]
                 factor = torch.clamp(max_norm / (norm + _EPSILON), max=1.0)
@@ -79,16 +80,21 @@ def _axes(parameter: fx.Node) -> tuple[str, ...]:
     return tuple(a.name for a, kind in pairs if isinstance(kind, Shard) and a.size > 1)
 
 
-def _norm(gradients: list[Tensor], held: list[tuple[str, ...]]) -> Tensor:
-    total: Any = 0
-    for axes in dict.fromkeys(held):
+def _norm(
+    gradients: list[Tensor], held: list[tuple[int, tuple[str, ...]]], has_stages: bool
+) -> Tensor:
+    totals: dict[int, Tensor] = {}
+    for stage, axes in dict.fromkeys(held):
         norms = [
             torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
             for g, own in zip(gradients, held, strict=True)
-            if own == axes
+            if own == (stage, axes)
         ]
         squares = torch.stack(norms).square().sum()
         for axis in axes:
             squares = COLLECTIVES["all_reduce_invariant"].op(squares, axis)
-        total = total + squares
-    return total.sqrt()
+        totals[stage] = totals[stage] + squares if stage in totals else squares
+    first, *others = [share(x, s) if has_stages else x for s, x in sorted(totals.items())]
+    for x in others:
+        first = first + x
+    return first.sqrt()

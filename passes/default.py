@@ -28,6 +28,7 @@ from moptrace.passes.place import place
 from moptrace.passes.raise_experts import raise_experts
 from moptrace.passes.replicated_tokens import report_replicated_tokens
 from moptrace.passes.shard_parameters import shard_batch, shard_parameters
+from moptrace.passes.split_stages import split_stages
 from moptrace.passes.start_and_wait import start_and_wait
 from moptrace.passes.tensor_parallel import tensor_parallel
 from moptrace.passes.vocabulary_parallel import vocabulary_parallel
@@ -65,6 +66,7 @@ def sharded(
     dtypes in which they are held, by the user's names.
     """
     layout, policy = plan.layout(world_size), plan.mixed_precision
+    ranks = layout.world_size  # of a stage
     return chain(
         compute_routers(policy.router_dtype),
         drop_tokens(plan.dropping, layout),
@@ -74,8 +76,8 @@ def sharded(
         *([gather_tokens(layout)] if plan.dispatcher == "all-gather" else []),
         context_parallel(layout, plan.context),
         causal_convolutions(layout),
-        fuse_vocabulary(plan.logits_bytes * world_size, keep_logits or plan.keep_logits),
-        fuse_embedding(world_size, plan.embedding_bytes),
+        fuse_vocabulary(plan.logits_bytes * ranks, keep_logits or plan.keep_logits),
+        fuse_embedding(ranks, plan.embedding_bytes),
         vocabulary_parallel(layout),
         shard_parameters(layout, plan.edp, stored),
         shard_batch(layout),
@@ -86,6 +88,7 @@ def sharded(
         localize(pad=plan.dropping is not None and plan.dropping.pad),
         balance_experts(plan.balance),
         chunk_experts(plan.expert_tokens, plan.expert_chunks, bool(plan.recompute_experts)),
+        split_stages(plan.pp, plan.pp_layers),
         bucket_gathers(),
         fuse_experts(),
         name="sharded",

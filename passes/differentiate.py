@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from moptrace import roles, state
 from moptrace.collectives import Communicator, collective
-from moptrace.core import Level, Output, Pass, Program, Signature, ancestors
+from moptrace.core import Level, Output, Pass, Program, Signature, ancestors, erase_dead
 from moptrace.errors import StepError
-from moptrace.joint import Tape, record, wrap_draws
+from moptrace.joint import Recording, Tape, record, splice, wrap_draws
 from moptrace.random import draw
 from moptrace.roles import Role
 from moptrace.trace import OutputIndex
@@ -62,7 +62,7 @@ def differentiate(
         found: list[str] = []
 
         def run(tape: Tape, **values: Tensor) -> list[Tensor]:
-            losses, gradients = forward.run(tape, values, [values[p.name] for p in wanted])
+            loss, gradients = forward.run(tape, values, [values[p.name] for p in wanted])
             unreached = [p.fqn for p, g in zip(wanted, gradients, strict=True) if g is None]
             if unreached and trained is not None:
                 raise StepError(
@@ -72,11 +72,15 @@ def differentiate(
                 )
             found.extend(p.fqn for p, g in zip(wanted, gradients, strict=True) if g is not None)
             updated = [values[b.name] for b in forward.updated]
-            return [losses, *updated, *(g for g in gradients if g is not None)]
+            return [loss, *updated, *(g for g in gradients if g is not None)]
 
-        examples = _examples(program, micro_batches, rank, {p.name for p in wanted})
+        examples = _examples(program, rank, {p.name for p in wanted})
+        totals = {_total(n): roles.tensor(n).to("meta") for n in forward.divisors}
         with Communicator(program.layout, rank):
-            recording = record(run, examples, program.constants, device)
+            recording = record(run, {**examples, **totals}, program.constants, device)
+            if micro_batches > 1:
+                counts = record(forward.count, examples, program.constants, device)
+                recording = _unrolled(forward, recording, counts)
         outputs = (
             Output("loss"),
             *(Output(b.fqn, buffer=b.fqn, updates=b.name) for b in forward.updated),
@@ -125,10 +129,8 @@ def _joint_signature(
     )
 
 
-def _examples(
-    program: Program, micro_batches: int, rank: int, trained: set[str]
-) -> dict[str, Tensor]:
-    """A meta tensor of the rank's own shape for every input of the step."""
+def _examples(program: Program, rank: int, trained: set[str]) -> dict[str, Tensor]:
+    """A meta tensor of the rank's own shape for every input of one micro-batch's step."""
     layout, signature = program.layout, program.signature
     assert layout is not None
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
@@ -140,11 +142,7 @@ def _examples(
         wanted = entry.name in trained
         return torch.empty(shape, dtype=entry.dtype, device="meta", requires_grad=wanted)
 
-    held = {x.name: own(x) for x in (*signature.parameters, *signature.buffers)}
-    for number in range(micro_batches):
-        for entry in signature.inputs:
-            held[_of_micro_batch(entry.name, number, micro_batches)] = own(entry)
-    return held
+    return {x.name: own(x) for x in (*signature.parameters, *signature.buffers, *signature.inputs)}
 
 
 def _place_inputs(before: Program, after: Program, micro_batches: int) -> None:
@@ -160,11 +158,76 @@ def _place_inputs(before: Program, after: Program, micro_batches: int) -> None:
             roles.copy_role(new[name], of=old[entry.name])
 
 
+# --- micro-batches --------------------------------------------------------------------------------
+
+
+def _total(count: fx.Node) -> str:
+    """The name of the input that is a count's sum over the micro-batches."""
+    return f"total_of_{count.name}"
+
+
+def _unrolled(forward: _Forward, one: Recording, counts: Recording) -> Recording:
+    """The step of all micro-batches, one after another, from that of ``one``.
+
+    All of them compute the same on their own inputs, so it is recorded once and copied. ``counts``
+    are the numbers by which one divides its losses.
+    """
+    signature, several = forward.signature, forward.micro_batches
+    graph, constants = fx.Graph(), dict[str, Any]()
+    known = {node.name: node for node in one.graph.find_nodes(op="placeholder")}
+
+    def given(name: str, like: str) -> fx.Node:
+        made = graph.placeholder(name)
+        roles.set_value(made, roles.value(known[like]))
+        return made
+
+    held = {x.name: given(x.name, x.name) for x in (*signature.parameters, *signature.buffers)}
+    inputs = [
+        {x.name: given(_of_micro_batch(x.name, number, several), x.name) for x in signature.inputs}
+        for number in range(several)
+    ]
+    totals: dict[str, fx.Node] = {}
+    for own in inputs if forward.divisors else ():
+        found = splice(graph, counts, held | own, constants)
+        for divisor, count in zip(forward.divisors, found, strict=True):
+            totals[_total(divisor)] = _added(graph, totals.get(_total(divisor)), count)
+    loss: fx.Node | None = None
+    gradients: list[fx.Node | None] = []
+    for number, own in enumerate(inputs):
+        first = graph._root.prev
+        results = splice(graph, one, held | own | totals, constants)
+        node = first.next
+        while node.op != "root":
+            roles.set_role(node, micro_batch=number)
+            if node.target is draw:
+                op, site, *rest = node.args
+                node.args = (op, site + number * forward.sites, *rest)  # type: ignore[operator]
+            node = node.next
+        found, *results = results
+        loss = _added(graph, loss, found)
+        held |= {b.name: x for b, x in zip(forward.updated, results, strict=False)}
+        results = results[len(forward.updated) :]
+        pairs = zip(gradients or [None] * len(results), results, strict=True)
+        gradients = [_added(graph, before, gradient) for before, gradient in pairs]
+    graph.output((loss, *(held[b.name] for b in forward.updated), *gradients))
+    erase_dead(graph)
+    return Recording(graph, constants)
+
+
+def _added(graph: fx.Graph, one: fx.Node | None, other: fx.Node) -> fx.Node:
+    if one is None:
+        return other
+    total = graph.call_function(aten.add.Tensor, (one, other))
+    roles.set_value(total, roles.value(other))
+    roles.copy_role(total, of=other)
+    return total
+
+
 # --- running the local program --------------------------------------------------------------------
 
 
 class _Forward:
-    """Runs a local program's nodes on traced tensors, micro-batch by micro-batch."""
+    """Runs a local program's nodes on the traced tensors of one micro-batch of several."""
 
     def __init__(self, program: Program, micro_batches: int, device: torch.device):
         self.program, self.signature = program, program.signature
@@ -173,84 +236,60 @@ class _Forward:
         self.updated = [b for b in self.signature.buffers if b.fqn in written]
         self.sites = 1 + max((n.args[1] for n in program.nodes if n.target is draw), default=0)  # type: ignore[type-var]
         self.counts = _counts(program) if micro_batches > 1 else {}
+        self.divisors = list(dict.fromkeys(self.counts.values()))
 
     def run(
         self, tape: Tape, values: dict[str, Tensor], wanted: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """The loss and the gradients of ``wanted``; new values of buffers go into ``values``."""
-        totals = self._totals(tape, values)
-        losses: list[Tensor] = []
-        sums: list[Tensor | None] = [None] * len(wanted)
-        for number in range(self.micro_batches):
-            outputs = self._outputs(tape, values, number, totals)
-            tape.work_on(_of_backward(roles.role(self.program.loss)))
-            loss = outputs[self.signature.loss]
-            if self.micro_batches > 1:
-                loss = loss / self.micro_batches
-            losses.append(loss.detach())
-            if wanted:
-                found = torch.autograd.grad(loss, wanted, allow_unused=True)
-                sums = [_added(a, b) for a, b in zip(sums, found, strict=True)]
-            self._update_buffers(values, outputs)
-        return sum(losses[1:], losses[0]), sums
-
-    def _update_buffers(self, values: dict[str, Tensor], outputs: Sequence[Tensor]) -> None:
+        outputs = self._outputs(tape, values)
+        tape.work_on(_of_backward(roles.role(self.program.loss)))
+        loss = outputs[self.signature.loss]
+        if self.micro_batches > 1:
+            loss = loss / self.micro_batches
+        found: Sequence[Tensor | None] = []
+        if wanted:
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
         names = {b.fqn: b.name for b in self.updated}
         for output, value in zip(self.signature.outputs, outputs, strict=True):
             if output.buffer is not None:
                 values[names[output.buffer]] = value.detach()
+        return loss.detach(), found
 
-    def _outputs(
-        self,
-        tape: Tape,
-        values: Mapping[str, Tensor],
-        number: int,
-        totals: Mapping[fx.Node, Tensor],
-    ) -> list[Tensor]:
-        run = _Run(self, values, number)
+    def count(self, tape: Tape, **values: Tensor) -> list[Tensor]:
+        """The numbers by which losses are divided."""
+        needed = ancestors(self.divisors)
+        run = _Run(self, values)
+        for node in self.program.nodes:
+            if node in needed:
+                run.visit(tape, node)
+        return [run.values[x] for x in self.divisors]
+
+    def _outputs(self, tape: Tape, values: Mapping[str, Tensor]) -> list[Tensor]:
+        run = _Run(self, values)
         for node in self.program.nodes:
             if node.op == "output":
                 return [run.values[x] for x in self.program.outputs]
-            if node in self.counts:
+            if node in self.counts:  # by all micro-batches' number instead of its own
                 x = run.values[node.args[0]] * self.micro_batches
-                run.values[node] = torch.div(x, totals[self.counts[node]])
+                run.values[node] = torch.div(x, values[_total(self.counts[node])])
             else:
                 run.visit(tape, node)
         raise AssertionError("the graph has no output")
-
-    def _totals(self, tape: Tape, values: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
-        """The numbers by which losses are divided, added up over the micro-batches."""
-        totals: dict[fx.Node, Tensor] = {}
-        needed = ancestors(self.counts.values())
-        for number in range(self.micro_batches if needed else 0):
-            run = _Run(self, values, number)
-            for node in self.program.nodes:
-                if node in needed:
-                    run.visit(tape, node)
-            for count in dict.fromkeys(self.counts.values()):
-                own = run.values[count]
-                totals[count] = totals[count] + own if count in totals else own
-        return totals
 
 
 class _Run:
     """The values of the local program's nodes in one micro-batch."""
 
-    def __init__(self, forward: _Forward, given: Mapping[str, Tensor], number: int):
-        self.forward, self.given, self.number = forward, given, number
-        self.inputs = {x.name for x in forward.signature.inputs}
+    def __init__(self, forward: _Forward, given: Mapping[str, Tensor]):
+        self.forward, self.given = forward, given
         self.values: dict[Any, Any] = {}
         self.rows: dict[tuple[Any, str], Any] = {}
 
     def visit(self, tape: Tape, node: fx.Node) -> None:
         role = roles.role(node)
         tape.work_on(role)
-        if node.op == "placeholder":
-            name = node.name
-            if name in self.inputs:
-                name = _of_micro_batch(name, self.number, self.forward.micro_batches)
-            self.values[node] = self.given[name]
-        elif node.op == "get_attr":
+        if node.op in ("placeholder", "get_attr"):
             self.values[node] = self.given[str(node.target)]
         else:
             self.values[node] = result = self._call(tape, node)
@@ -266,8 +305,7 @@ class _Run:
         if target is draw:
             op, site, axes, *args = args
             result = op(*args, **kwargs)
-            sites, several = self.forward.sites, self.forward.micro_batches
-            wrap_draws(tape, site + self.number * sites, axes, sites * several)
+            wrap_draws(tape, site, axes, self.forward.sites * self.forward.micro_batches)
             return result
         if (row := collective(target)) is not None and row.moves_rows:
             return self._move_rows(node, row.name, str(row.transpose), args)
@@ -285,12 +323,6 @@ class _Run:
 
 def _of_backward(role: Role) -> Role:
     return replace(role, backward=True, recompute="")
-
-
-def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return one + other
 
 
 _DIVISIONS = (aten.div.Tensor, aten.true_divide.Tensor)
