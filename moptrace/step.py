@@ -316,7 +316,7 @@ class TrainStep:
         parameters = [_own(self.model.get_parameter(p.fqn)) for p in signature.parameters]
         buffers = [self.model.get_buffer(b.fqn) for b in signature.buffers]
         if self.model.device.type == "cuda":
-            self._stepper.send_to_host(program, self._like)
+            self._stepper.send_to_host(program)
         return [*parameters, *buffers, *self._stepper.states(program)]
 
     @contextmanager
@@ -556,16 +556,18 @@ class Stepper:
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def send_to_host(self, program: Program, like: Like) -> None:
+    def send_to_host(self, program: Program) -> None:
         """Move the state that a program expects on the host there, from a GPU."""
         for entry in program.signature.states:
             if entry.host and entry.parameter and not entry.path.startswith(PENDING):
                 parameter = self._parameters[entry.parameter]
-                key = entry.path.removeprefix(f"{entry.parameter}.")
                 state = self._optimizer_of[parameter].state[parameter]
-                if (value := _own(state[key])).device.type == "cuda":
+                key = entry.path.removeprefix(f"{entry.parameter}.")
+                old = state[key]
+                if (value := _own(old)).device.type == "cuda":
                     value = value.cpu().pin_memory()
-                    state[key] = like(entry.parameter, value, self._held.get(entry.path))
+                    spec = old._spec if isinstance(old, DTensor) else None
+                    state[key] = DTensor(value, spec, requires_grad=False) if spec else value
 
     def finish(
         self,

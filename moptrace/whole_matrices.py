@@ -36,6 +36,7 @@ from moptrace.costs import operations, products
 from moptrace.errors import StepError
 from moptrace.joint import Recording, name_of, splice
 from moptrace.kernels.matrix_function import MatrixFunction
+from moptrace.liveness import is_view
 from moptrace.placement import INVARIANT, Axis, Placement, Shard
 from moptrace.roles import Component
 from moptrace.rules import SIZE_ARGUMENT, operands, rule_for
@@ -238,14 +239,18 @@ class Cut:
         return alike and _is_elementwise(node)
 
     def _closed(self, needed: set[fx.Node]) -> set[fx.Node]:
-        """With what lies between."""
+        """With what lies between, and views for it alone, which need not be sent beside others."""
         if not needed:
             return needed
         before, after = ancestors(needed), set(needed)
         for node in self.nodes:
             if any(x in after for x in node.all_input_nodes):
                 after.add(node)
-        return {n for n in self.nodes if n in before and n in after and _is_tensor(n)}
+        found = {n for n in self.nodes if n in before and n in after and _is_tensor(n)}
+        for node in reversed(self.nodes):
+            if is_view(node) and found.issuperset(node.users):
+                found.add(node)
+        return found
 
     def is_like_parameter(self, node: fx.Node) -> bool:
         """Whether an entry of the state is held as the parameter is."""

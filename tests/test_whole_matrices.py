@@ -16,11 +16,13 @@ from torch.distributed.tensor import DTensor
 from gloo import Ranks
 from moptrace import Program, errors, roles, train_step
 from moptrace.collectives import COLLECTIVES, Communicator
+from moptrace.joint import Recording, record
 from moptrace.kernels.matrix_function import MatrixFunction
 from moptrace.passes.default import overlapped
+from moptrace.placement import Axis
 from moptrace.roles import Component
 from moptrace.testing import SimulatedSteps, assert_same_weights, whole_state
-from moptrace.whole_matrices import Cut
+from moptrace.whole_matrices import Cut, Matrix, Owners, matrix_function
 from sweeps import sweep
 from test_train_step import (
     ADAMW,
@@ -272,6 +274,68 @@ def test_what_travels_is_what_the_optimizer_multiplies() -> None:
     assert not optimizer_nodes(program, "all_gather_matrices")
 
 
+def recorded(shape: Sequence[int], update: Callable[[Tensor, Tensor], Tensor]) -> Recording:
+    examples = {name: torch.empty(shape) for name in ("parameter", "gradient")}
+    return record(lambda tape, parameter, gradient: [update(parameter, gradient)], examples)
+
+
+def split_by(shape: tuple[int, ...], *dims: int, stack: int | None = None) -> Matrix:
+    own = tuple(n // 2 if d in dims else n for d, n in enumerate(shape))
+    return Matrix(shape, own, stack, stack or 1, tuple((Axis(f"a{d}", 2), d) for d in dims), ())
+
+
+@pytest.mark.parametrize(
+    ("update", "dims", "whole"),
+    [
+        (lambda p, g: p - g.sign() * 0.1, (0, 1), 0),
+        (lambda p, g: p - g / g.norm(dim=1, keepdim=True), (0,), 0),
+        (lambda p, g: p - g / g.norm(dim=1, keepdim=True), (1,), 1),
+        (lambda p, g: p - (2 * g) @ g.T @ g, (1,), 3),
+        (lambda p, g: p - (p @ g.T).relu() @ g, (0,), 4),
+        (lambda p, g: p - g.flatten(0, 1).sort()[0].view(4, 6), (0,), 4),
+    ],
+)
+def test_the_cut_is_what_needs_all_of_what_is_split(update: Any, dims: Any, whole: int) -> None:
+    cut = Cut(recorded((4, 6), update), split_by((4, 6), *dims), ["parameter", "gradient"], [])
+    assert len(cut.whole) == whole, cut.whole
+    assert len(cut.stages) == (len(dims) if whole else 0)
+
+
+def test_a_number_of_a_shard_is_refused() -> None:
+    recording = recorded((1,), lambda p, g: p - g * g.item())
+    with pytest.raises(errors.StepError, match=r"reads a number from a parameter or its gradient"):
+        Cut(recording, split_by((1,), 0), ["parameter", "gradient"], [])
+
+
+def test_owners_take_turns() -> None:
+    def cut_of(size: int, stack: int | None) -> Cut:
+        matrix = split_by((size, size), 0, 1, stack=stack)
+        names = ["parameter", "gradient"]
+        return Cut(recorded((size, size), lambda p, g: p - g @ g), matrix, names, names)
+
+    owners = Owners()
+    assert [owners.choose(cut_of(8, None)) for _ in range(4)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert owners.choose(cut_of(8, 3)) == (0, 0)  # and the next two
+    assert owners.choose(cut_of(4, None)) == (1, 1)
+
+
+def test_a_rank_without_a_matrix_computes_nothing() -> None:
+    cut = Cut(
+        recorded((4, 6), lambda p, g: p - g @ g.T @ g),
+        split_by((4, 6), 1),
+        ["parameter", "gradient"],
+        [],
+    )
+    function = matrix_function("products", cut)
+    x = torch.randn(3, 4, 6)
+    (found,) = function(x)
+    torch.testing.assert_close(found, x @ x.mT @ x)
+    (none,) = function(x[:0])
+    assert none.shape == (0, 4, 6) and none.dtype == x.dtype
+    same, taken = function.only([0])
+    assert taken == (0,) and torch.equal(same(x)[0], found)
+
+
 # --- what would be noticed ------------------------------------------------------------------------
 
 
@@ -338,13 +402,6 @@ class Drawing(ByRow):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for p in self.param_groups[0]["params"]:
             p.sub_(0.1 * p.grad + 0.1 * torch.randn_like(p))
-
-
-class Reading(ByRow):
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for p in self.param_groups[0]["params"]:
-            p.sub_(p.grad * (p.grad.item() if p.numel() == 1 else 0.1))
 
 
 @pytest.mark.parametrize(
