@@ -26,6 +26,7 @@ send_rows, return_rows                 (P-1)/P of the rank's rows, expected if e
                                        many rows and every expert is chosen as often, and keeps
                                        no more than its capacity (marked ``~``)
 ring                                   what the rank passes on, hop by hop (``rings.py``)
+hop                                    the value, to another pipeline stage
 all_to_all of an embedding             (P-1)/P of the rows of the rank's distinct ids, expected if
                                        every id is as likely (marked ``~``)
 =====================================  ============================================================
@@ -54,12 +55,13 @@ from torch.fx.node import map_arg
 import moptrace.kernels.packing  # noqa: F401  registers the operators
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES, Collective, collective
-from moptrace.core import Level, Parameter, Program
+from moptrace.core import Level, Parameter, Program, ancestors
 from moptrace.errors import PassError
 from moptrace.passes.drop_tokens import share_kept
 from moptrace.placement import Layout, Placement, Rows, Shard, chunk_sizes
 from moptrace.rings import Ring, Seat, bytes_sent, ring
 from moptrace.roles import Component
+from moptrace.stages import hop, stages_of
 
 __all__ = ["Explanation", "Row", "Traffic", "explain"]
 
@@ -181,8 +183,10 @@ def printed(table: Table) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def explain(program: Program) -> Explanation:
+def explain(program: Program, stage: int = 0) -> Explanation:
     """What each component's parallelism is, and what it stores and moves on one rank.
+
+    Of several pipeline stages it is a rank of ``stage``, and what one micro-batch moves.
 
     Requires: a local program, or one made from a local program (which is explained then).
     """
@@ -192,7 +196,7 @@ def explain(program: Program) -> Explanation:
             f"explain reads a program at level local, got {program.level}: apply the passes up to "
             "localize first, or call explain() on the model that parallelize returned"
         )
-    return _Reader(local).explanation()
+    return _Reader(local, stage).explanation()
 
 
 # --- reading a local program ----------------------------------------------------------------------
@@ -201,16 +205,21 @@ def explain(program: Program) -> Explanation:
 class _Reader:
     """What the nodes of one local program belong to and cost."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, stage: int):
         assert program.layout is not None
-        self.program, self.layout = program, program.layout
+        self.program, self.layout, self.stage = program, program.layout, stage
+        self.parameters = [p for p in program.signature.parameters if p.stage == stage]
         self.nodes = list(program.graph.nodes)
+        self.hops = [node for node in self.nodes if node.target is hop]
+        if self.hops:
+            self.nodes = _of_stage(program, stage)
         self.component = _components(self.nodes)
         self.trained = _on_the_way_to_the_loss(program)
         self.again = {roles.role(n).recompute for n in self.trained} - {""}
         self.stored = _inputs_of(program)
         self.kept = _shares_kept(self.nodes)
         self.traffic = [t for node in self.nodes for t in self._traffic_of(node)]
+        self.traffic += [t for node in self.hops for t in self._hops(node)]
 
     def explanation(self) -> Explanation:
         kept = self._parameters()
@@ -223,7 +232,10 @@ class _Reader:
         for t in self.traffic:
             moved[t.kind] += t.bytes
         totals = tuple(Traffic(t.kind, t.count, moved[t.kind], t.expected) for t in totals)
-        return Explanation(self.layout, tuple(rows), totals, self.program.notes)
+        notes = self.program.notes
+        if self.layout.stages > 1:
+            notes = (f"stage {self.stage} of {self.layout.stages}; one micro-batch", *notes)
+        return Explanation(self.layout, tuple(rows), totals, notes)
 
     def _row(self, component: Component | None, kept: Mapping[Parameter, int]) -> Row:
         own = {p: n for p, n in kept.items() if self._user_of(p) == component}
@@ -247,7 +259,7 @@ class _Reader:
         """The elements of each parameter on the rank that stores most bytes."""
         held: dict[Parameter, tuple[int, ...]] = {}
         known: dict[tuple[Any, ...], tuple[int, ...]] = {}
-        for parameter in self.program.signature.parameters:
+        for parameter in self.parameters:
             placement = roles.placement(self.stored[parameter.name])
             assert placement is not None
             key = (parameter.shape, placement)
@@ -282,6 +294,14 @@ class _Reader:
             if kind is not None:
                 sent, expected = self._sent(kind, row, one, node)
                 yield from self._shared(node, kind, sent, expected)
+
+    def _hops(self, node: fx.Node) -> Iterator[_Share]:
+        """What leaves the stage, forward or, as a gradient, backward."""
+        x = roles.tensor(node)
+        component = self.component.get(node) or roles.component(node)
+        goes, comes = node.args[1] == self.stage, node.args[2] == self.stage
+        if goes or (comes and node in self.trained):
+            yield _Share(component, "hop", x.numel() * x.element_size(), False, True)
 
     def _sent(self, kind: str, row: Collective, one: Collective, node: fx.Node) -> tuple[int, bool]:
         """The bytes that a rank sends for ``node`` or its transpose; True if they are expected.
@@ -482,9 +502,16 @@ _WIRE = {
     "exchange_counts": "exchange_counts",
 }
 _EXCHANGES = (ops.all_to_all.default, ops.send_experts.default)  # of one part for another
-_KINDS = tuple(dict.fromkeys((*_WIRE.values(), "ring")))
+_KINDS = tuple(dict.fromkeys((*_WIRE.values(), "ring", "hop")))
 _EXPECTS = {"all_to_all": "every id of an embedding is as likely"}
 _WIDENING = ("all_gather", "all_gather_cast", "all_gather_invariant", "place_shard")
+
+
+def _of_stage(program: Program, stage: int) -> list[fx.Node]:
+    """The nodes of a pipeline stage, and those of everyone that it needs."""
+    found = stages_of(program)
+    needed = ancestors(node for node in program.nodes if found[node] == stage)
+    return [node for node in program.nodes if node in needed and found[node] in (None, stage)]
 
 
 def _components(nodes: Sequence[fx.Node]) -> dict[fx.Node, Component | None]:

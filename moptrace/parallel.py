@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from moptrace import roles, state
 from moptrace.collectives import COLLECTIVES, Communicator
 from moptrace.core import Parameter, Program, chain
-from moptrace.errors import MoptraceError
+from moptrace.errors import MoptraceError, StepError
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.pipeline import pipeline
@@ -374,7 +374,7 @@ class ParallelModule(nn.Module):
         """Component by component: its parallelism, memory and bytes moved."""
         from moptrace.explain import explain
 
-        return explain(self.program)
+        return explain(self.program, self.stage)
 
     def extra_repr(self) -> str:
         return f"{self.layout}, {self.plan}"
@@ -565,7 +565,7 @@ def part_of_batch(batch: Mapping[str, Any], number: int, parts: int) -> dict[str
     leaves = [x for x in pytree.tree_leaves(dict(batch)) if isinstance(x, Tensor)]
     sizes = batch_sizes([tuple(x.shape) for x in leaves])
     if sizes[0] is not None and sizes[0] % parts:
-        raise MoptraceError(
+        raise StepError(
             f"a rank's batch of {sizes[0]} sequences cannot be divided into {parts} micro-batches; "
             f"give a multiple of {parts}, or say train_step(accumulate=) or Plan(micro_batches=)"
         )

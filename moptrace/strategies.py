@@ -479,16 +479,27 @@ def meshes(batch_size: int = 24, largest: int = 8) -> SearchStrategy[int]:
     return _hypothesis().sampled_from([w for w in range(1, largest + 1) if batch_size % w == 0])
 
 
-def plans(world_size: int, length: int = 1) -> SearchStrategy[Plan]:
-    """Plans for this many ranks and sequences of this length, resolved.
+def plans(world_size: int, length: int = 1, layers: int = 1) -> SearchStrategy[Plan]:
+    """Plans for this many ranks, sequences of this length, and models of so many layers, resolved.
 
-    Every ``ep * etp``, every ``cp * tp`` that divides the length, each way to attend, the
-    vocabulary over all ranks or some, dense weights copied or not, experts alike or sharded over
-    ``edp``, the loss from whole logits or from blocks of them, embeddings gathered or looked up
-    where their rows are, tokens sent to their experts at once or in chunks, kept for backward or
-    not, gathered instead, dropped beyond a capacity, or lent with their experts. A plan that does
-    not fit is changed where it says so.
+    Any number of pipeline stages, and for their ranks every ``ep * etp``, every ``cp * tp`` that
+    divides the length, each way to attend, the vocabulary over all ranks or some, dense weights
+    copied or not, experts alike or sharded over ``edp``, the loss from whole logits or from blocks
+    of them, embeddings gathered or looked up where their rows are, tokens sent to their experts at
+    once or in chunks, kept for backward or not, gathered instead, dropped beyond a capacity, or
+    lent with their experts. A plan that does not fit is changed where it says so.
     """
+    st = _hypothesis()
+    stages = [n for n in range(1, layers + 1) if world_size % n == 0]
+
+    def of_stages(pp: int) -> SearchStrategy[Plan]:
+        of_one = _plans_of_stage(world_size // pp, length)
+        return of_one.map(lambda plan: replace(plan, pp=pp, micro_batches=pp))
+
+    return st.sampled_from(stages).flatmap(of_stages)
+
+
+def _plans_of_stage(world_size: int, length: int) -> SearchStrategy[Plan]:
     st = _hypothesis()
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
 

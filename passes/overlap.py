@@ -13,6 +13,7 @@ from moptrace.core import Level, Pass, Program
 from moptrace.costs import products
 from moptrace.errors import PassError
 from moptrace.rings import ring, ring_backward
+from moptrace.stages import receive, received
 
 __all__ = ["overlap"]
 
@@ -31,8 +32,9 @@ def overlap(ahead: int = 1, prefetch: int = 2, cover: int = 2, reach: int = 24) 
     on their way at most, so that a chunk's rows come while those of the chunk before are worked on.
     Of those that depend on the step's inputs alone, the gathers of parameters, ``prefetch`` are.
     Nothing runs before more than ``reach`` heavy operators that came before it, and nothing of
-    backward in forward. All decisions follow from the graph's structure, so ranks whose shards have
-    different sizes decide alike, and their collectives run in one order.
+    backward in forward. What another pipeline stage sends is not taken before its turn, since that
+    stage may wait for what comes in between. All decisions follow from the graph's structure, so
+    ranks whose shards have different sizes decide alike, and their collectives run in one order.
 
     Requires: ``start_and_wait``. Ensures: the same operators on the same values. Raises PassError
     for a negative number.
@@ -193,7 +195,7 @@ class _Schedule:
             node = left.pop()
             if node in found or node in self.done:
                 continue
-            if node.target is start and node is not goal:
+            if (node.target is start and node is not goal) or node.target is received:
                 return None
             if node.target is wait:
                 arrives = self.arrival.get(node.all_input_nodes[0])
@@ -209,7 +211,7 @@ def _free_starts(given: Iterable[fx.Node], line: Iterable[fx.Node]) -> list[fx.N
     free = set(given)
     found: list[fx.Node] = []
     for node in line:
-        if all(x in free for x in node.all_input_nodes):
+        if node.target is not receive and all(x in free for x in node.all_input_nodes):
             if node.target is start:
                 found.append(node)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from typing import Any
 
 from torch import fx
 
@@ -10,7 +11,7 @@ from moptrace import roles
 from moptrace.core import Level, Pass, Program
 from moptrace.errors import PassError
 from moptrace.roles import Component
-from moptrace.stages import Task, in_order, share, stages_of
+from moptrace.stages import Task, hop, in_order, share, stages_of
 
 __all__ = ["pipeline"]
 
@@ -42,8 +43,14 @@ def pipeline() -> Pass:
 
 
 def _shared(program: Program) -> Program:
-    """The program with everyone's copies of what all ranks return."""
+    """The program with everyone's copies of what all ranks return; a weight hops once."""
     graph, mapping = program.copy_graph()
+    known: dict[Any, fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=hop):
+        first = known.setdefault(node.args, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
     stage = stages_of(program)
     end = graph.output_node()
     results: list[fx.Node] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -21,10 +21,10 @@ __all__ = ["take_stage"]
 def take_stage(stage: int) -> Pass:
     """Keep the nodes of one stage, and those of everyone that it needs.
 
-    A value that hops away is sent as soon as it is there. One that comes is asked for a task (the
-    forward or the backward of a micro-batch) before the one that takes it, so that it travels
-    meanwhile. Parameters and gradients of other stages are gone; the batch and buffers are
-    everyone's inputs.
+    A value that hops away is sent as soon as it is there, and so is all that the other stage takes
+    before it. One that comes is asked for a task (the forward or the backward of a micro-batch)
+    before the one that takes it, so that it travels meanwhile. Parameters and gradients of other
+    stages are gone; the batch and buffers are everyone's inputs.
 
     Requires: ``pipeline``. Ensures: what all stages' programs compute together is what the program
     computes. Raises PassError if there is no such stage.
@@ -49,10 +49,10 @@ class _Taken:
         self.numbers = {
             node: number for number, node in enumerate(n for n in program.nodes if n.target is hop)
         }
-        self.leaving: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        self.leaving: dict[Any, deque[fx.Node]] = defaultdict(deque)  # by where they go, in order
         for node in self.numbers:
             if node.args[1] == stage:
-                self.leaving[node.all_input_nodes[0]].append(node)
+                self.leaving[node.args[2]].append(node)
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
         self.asked: dict[fx.Node, fx.Node] = {}
@@ -69,15 +69,14 @@ class _Taken:
         given, *tasks = self._tasks()
         for node in given:
             self.copies[node] = self.graph.node_copy(node)
-        for node in given:
-            self._send(node)
+        self._send()
         for task, following in zip_longest(tasks, tasks[1:], fillvalue=[]):
             for coming in following:
                 if coming.target is hop and coming not in self.asked:
                     self._ask(coming)
             for node in task:
                 self._write(node)
-                self._send(node)
+                self._send()
         self.graph.output(tuple(self.copies[node] for _, node in kept))
         erase_dead(self.graph)
         signature = replace(
@@ -123,10 +122,13 @@ class _Taken:
         else:
             self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
 
-    def _send(self, node: fx.Node) -> None:
-        for away in self.leaving.get(node, ()):
-            args = (self.copies[node], away.args[2], self.numbers[away])
-            roles.set_value(self._made(send, args, away), None)
+    def _send(self) -> None:
+        """Send what is there, to each stage in the order in which that takes it."""
+        for target, hops in self.leaving.items():
+            while hops and (x := hops[0].all_input_nodes[0]) in self.copies:
+                away = hops.popleft()
+                args = (self.copies[x], target, self.numbers[away])
+                roles.set_value(self._made(send, args, away), None)
 
     def _made(
         self,

@@ -23,13 +23,13 @@ from test_whole_matrices import ADAFACTOR, Orthogonal
 
 SIZE, LENGTH = 6, 6
 EXAMPLES = 60
-SCHEDULES = (
-    None,
-    regather(),
-    overlapped(),
-    chain(regather(), overlapped()),
-    checkpoint(),
-    chain(checkpoint(collectives=True), offload(), overlapped()),
+SCHEDULES = (  # what is kept of activations, and how the step is scheduled then
+    (None, None),
+    (None, regather()),
+    (None, overlapped()),
+    (None, chain(regather(), overlapped())),
+    (checkpoint(), None),
+    (chain(checkpoint(collectives=True), offload()), overlapped()),
 )
 
 EVERY_OPTIMIZER = OPTIMIZERS | {"Adafactor": ADAFACTOR, "Orthogonal": Orthogonal}
@@ -41,23 +41,32 @@ STEPS_PER_MODEL = 6  # a model is traced once and trained in several ways
 @settings(max_examples=EXAMPLES // STEPS_PER_MODEL, phases=WITHOUT_SHRINKING)
 @given(st.data())
 def test_any_step_is_that_of_one_device(data: st.DataObject) -> None:
-    spec = replace(data.draw(model_specs(("canonical",)), label="model"), layers=("moe",))
-    ranks = data.draw(st.sampled_from([2, 3, 1]), label="ranks")
+    stages = data.draw(st.sampled_from([1, 1, 2]), label="stages")
+    spec = data.draw(model_specs(("canonical",)), label="model")
+    spec = replace(spec, layers=("moe", "dense")[:stages])
+    ranks = data.draw(st.sampled_from([2, 3, 1]), label="ranks of a stage")
     traced, *fed = (data.draw(batches(spec.vocabulary, SIZE, LENGTH)) for _ in range(4))
     model = spec.build()
     program = canonical()(trace(model, traced))
     for number in range(STEPS_PER_MODEL):
         plan = data.draw(plans(ranks, LENGTH), label=f"plan {number}")
-        plan = replace(plan, dropping=None)  # which one device does not do
+        plan = replace(plan, dropping=None, pp=stages)  # dropping is not what one device does
         name = data.draw(st.sampled_from(sorted(EVERY_OPTIMIZER)), label=f"optimizer {number}")
         max_norm = data.draw(st.sampled_from([None, 0.3, math.inf]), label=f"max_norm {number}")
-        schedule = data.draw(st.sampled_from(SCHEDULES), label=f"schedule {number}")
+        kept, schedule = data.draw(st.sampled_from(SCHEDULES), label=f"schedule {number}")
         when = ["after", "forward"] + (["backward"] if max_norm in (None, math.inf) else [])
         updates = data.draw(st.sampled_from(when), label=f"updates {number}")
         place = data.draw(st.sampled_from(["device", STREAMED]), label=f"state {number}")
-        make, local = all_of(EVERY_OPTIMIZER[name]), sharded(plan, ranks)(program)
+        make, local = all_of(EVERY_OPTIMIZER[name]), sharded(plan, ranks * stages)(program)
         simulated = SimulatedSteps(
-            local, whole_state(model), make, max_norm, 1, schedule, updates=updates, state=place
+            local,
+            whole_state(model),
+            make,
+            max_norm,
+            schedule=schedule,
+            updates=updates,
+            state=place,
+            activations=kept,
         )
         assert_same_steps(simulated, Eager(model, make, max_norm), fed)
         record_examples(of="training step")

@@ -62,9 +62,18 @@ def test_experts_and_their_hidden_units_share_no_more_ranks_than_there_are() -> 
         plan(4, ep=4, etp=2)
 
 
-def test_a_parallelism_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(errors.PlanError, match="pp=2 is not available"):
-        plan(4, pp=2)
+def test_stages_that_do_not_divide_the_ranks_list_those_that_would() -> None:
+    with pytest.raises(errors.PlanError, match=r"pp=3 does not divide the 4 .*\(pp=1\).*\(pp=4\)"):
+        plan(4, pp=3)
+    with pytest.raises(errors.PlanError, match="ep=4 does not divide the 2 ranks"):
+        plan(4, pp=2, ep=4)  # of a stage
+
+
+def test_micro_batches_are_a_pipeline_s() -> None:
+    with pytest.raises(errors.PlanError, match=r"micro_batches=3 with pp=1.*accumulate="):
+        plan(4, micro_batches=3)
+    with pytest.raises(errors.PlanError, match="micro_batches=0"):
+        plan(4, pp=2, micro_batches=0)
 
 
 def test_a_mesh_with_unknown_dimension_names_lists_the_known_ones() -> None:

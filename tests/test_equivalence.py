@@ -73,7 +73,7 @@ def test_any_model_on_any_mesh_under_any_plan_computes_the_same_step(data: st.Da
     wanted = [reference.step(batch) for batch in fed[: STEPS if held == torch.float64 else 1]]
     for number in range(PLANS_PER_MODEL):
         ranks = data.draw(meshes(size, largest=16), label=f"ranks {number}")
-        plan = data.draw(plans(ranks, LENGTH), label=f"plan {number}")
+        plan = data.draw(plans(ranks, LENGTH, len(spec.layers)), label=f"plan {number}")
         plan = replace(plan, mixed_precision=policy)
         local = sharded(plan, ranks, masters=dtypes_of(model))(program)
         simulated = SimulatedRanks(local, whole_state(model))
@@ -90,7 +90,7 @@ def test_any_model_on_any_mesh_under_any_plan_computes_the_same_step(data: st.Da
 def groups_of(plan: Plan, ranks: int, sequences: int) -> tuple[tuple[int, int], ...]:
     """How the ranks of a plan share a batch [sequences, length], flattened, where they compete."""
     assert plan.dropping is not None
-    among = [(ranks // (plan.cp * plan.tp), 1)]  # sequences, and then the tokens of each
+    among = [(ranks // (plan.pp * plan.cp * plan.tp), 1)]  # sequences, and then the tokens of each
     within = [(plan.cp, sequences), (plan.tp, sequences)]
     groups = {"batch": [], "sequence": among, "sub-sequence": among + within}[plan.dropping.over]
     return tuple((parts, blocks) for parts, blocks in groups if parts > 1)
