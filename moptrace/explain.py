@@ -55,7 +55,7 @@ from torch.fx.node import map_arg
 import moptrace.kernels.packing  # noqa: F401  registers the operators
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES, Collective, collective
-from moptrace.core import Level, Parameter, Program, ancestors
+from moptrace.core import Level, Parameter, Program
 from moptrace.errors import PassError
 from moptrace.passes.drop_tokens import share_kept
 from moptrace.placement import Layout, Placement, Rows, Shard, chunk_sizes
@@ -510,8 +510,12 @@ _WIDENING = ("all_gather", "all_gather_cast", "all_gather_invariant", "place_sha
 def _of_stage(program: Program, stage: int) -> list[fx.Node]:
     """The nodes of a pipeline stage, and those of everyone that it needs."""
     found = stages_of(program)
-    needed = ancestors(node for node in program.nodes if found[node] == stage)
-    return [node for node in program.nodes if node in needed and found[node] in (None, stage)]
+    needed: set[fx.Node] = set()
+    for node in reversed(list(program.nodes)):
+        is_used = found[node] is None and not needed.isdisjoint(node.users)
+        if found[node] == stage or is_used:
+            needed.add(node)
+    return [node for node in program.nodes if node in needed]
 
 
 def _components(nodes: Sequence[fx.Node]) -> dict[fx.Node, Component | None]:

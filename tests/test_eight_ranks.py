@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ PLANS = (
     Plan(cp=4, ep=2, context="ulysses"),
     Plan(tp=4, dp_replicate=2, ep=2, edp="replicate", mixed_precision=MIXED),
     Plan(vp=4, ep=4, logits_bytes=0, embedding_bytes=0),
+    Plan(pp=2, tp=2, ep=4, mixed_precision=MIXED),
+    Plan(pp=4, ep=2, micro_batches=2, logits_bytes=0, embedding_bytes=0),
 )
 
 
@@ -38,11 +41,14 @@ def tokens() -> dict[str, Tensor]:
 
 def on_rank_a_step(plan: Plan) -> None:
     held = torch.float64 if plan.mixed_precision.param_dtype is None else torch.float32
-    model = SPEC.build(held)
+    # A load-balancing loss is a mean over micro-batches; without stages there is one.
+    staged = replace(SPEC, layers=("moe", "dense", "moe", "dense"), balance=0.0)
+    model = (SPEC if plan.pp == 1 else staged).build(held)
     want = eager_step(computed_as(model, plan.mixed_precision), tokens())
     model.zero_grad()
     sequences = plan.cp * plan.tp
-    fed = {k: x[: len(x) * sequences // RANKS, : 8 // sequences] for k, x in tokens().items()}
+    share = len(tokens()["labels"]) * sequences * plan.pp // RANKS
+    fed = {k: x[:share, : 8 // sequences] for k, x in tokens().items()}
     wrapped = parallelize(model, init_device_mesh("cpu", (RANKS,)), plan, batch=fed)
     loss, _ = wrapped(**wrapped.local_batch(tokens()))
     loss.backward()
