@@ -180,8 +180,14 @@ class _Update:
                 return None
             if value.placements == parameter.placements:
                 return placement
-            of_each = signature.stacked and value.shape[:1] == parameter.shape[:1]
-            return _of_experts(placement) if of_each else None
+            if signature.stacked and value.shape[:1] == parameter.shape[:1]:
+                return _of_experts(placement)
+            if value.to_local().shape != value.shape:
+                raise StepError(
+                    f"{path} is split over the ranks in another way than its parameter, as "
+                    f"{value.placements}; redistribute it to replicas, or drop it from the state."
+                )
+            return None
         return placement if value.shape == parameter.shape else None
 
     def _update(self, task: _Task, first: tuple[int, ...]) -> list[tuple[Output, fx.Node]]:
