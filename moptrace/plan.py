@@ -119,6 +119,11 @@ class Plan:
                 f"micro_batches={micro_batches} with pp={self.pp}: give 1 or more to a pipeline's "
                 "stages; without any, train_step(accumulate=) divides a step"
             )
+        if self.pp > 1 and self.keep_logits:
+            raise PlanError(
+                f"keep_logits=True with pp={self.pp}: stages return the loss alone; "
+                "leave keep_logits=False, or pp=1"
+            )
         of_stage = replace(self, pp=1, pp_layers=None, micro_batches=None)
         resolved = of_stage._resolve_stage(ranks, experts)
         return replace(resolved, pp=self.pp, pp_layers=self.pp_layers, micro_batches=micro_batches)

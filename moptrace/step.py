@@ -410,7 +410,8 @@ class Stepper:
 
     ``names`` gives the fully qualified name of every parameter of the optimizers. ``rank`` is the
     rank's number in its pipeline ``stage``, and ``trained`` are the parameters of all stages'
-    optimizers, by default those of this one's.
+    optimizers, by default those of this one's. Steppers of ranks whose parts have the same sizes may
+    share ``of_all_stages``, the gradients that each of their stages is taken from.
     """
 
     def __init__(
@@ -426,11 +427,13 @@ class Stepper:
         activations: Pass | None = None,
         stage: int = 0,
         trained: Collection[str] | None = None,
+        of_all_stages: dict[Program, Program] | None = None,
     ):
         self.optimizers, self.names = several(optimizer), names
         self.max_norm, self.micro_batches = max_norm, micro_batches
         self.rank, self.stage = rank, stage
         self._trained = trained
+        self._of_all_stages = {} if of_all_stages is None else of_all_stages
         self._activations = activations
         self.defers = updates == "forward"
         self.pending: dict[str, Tensor] = {}  # what updates take that the next step runs, by path
@@ -517,7 +520,9 @@ class Stepper:
         if self._is_pipelined(local):
             # Layers are seen while a micro-batch's nodes stand together, and of all stages.
             passes += [self._activations] if self._activations else []
-            passes += [pipeline(), take_stage(self.stage)]
+            if local not in self._of_all_stages:
+                self._of_all_stages[local] = chain(*passes, pipeline())(local)
+            return take_stage(self.stage)(self._of_all_stages[local])
         return chain(*passes)(local)
 
     def _is_pipelined(self, local: Program) -> bool:

@@ -294,6 +294,8 @@ class SimulatedSteps:
                 held = {p: names[p] for group in groups for p in group["params"]}
                 made.append((stage, rank, update, held))
         trained = {name for *_, held in made for p, name in held.items() if p.requires_grad}
+        sizes = [sizes_of_rank(local, rank) for _, rank, *_ in made]
+        shared: dict[Any, dict[Program, Program]] = {own: {} for own in sizes}
         self.steppers = [
             Stepper(
                 update,
@@ -307,11 +309,12 @@ class SimulatedSteps:
                 activations,
                 stage,
                 trained,
+                shared[own],
             )
-            for stage, rank, update, held in made
+            for (stage, rank, update, held), own in zip(made, sizes, strict=True)
         ]
-        sizes = [(s.stage, sizes_of_rank(local, s.rank)) for s in self.steppers]
-        self._like = [sizes.index(own) for own in sizes]
+        kinds = [(s.stage, own) for s, own in zip(self.steppers, sizes, strict=True)]
+        self._like = [kinds.index(own) for own in kinds]
 
     @property
     def programs(self) -> list[Program]:

@@ -76,6 +76,11 @@ def test_micro_batches_are_a_pipeline_s() -> None:
         plan(4, pp=2, micro_batches=0)
 
 
+def test_logits_are_not_kept_where_stages_return_the_loss_alone() -> None:
+    with pytest.raises(errors.PlanError, match=r"keep_logits=True with pp=2.*loss alone"):
+        plan(4, pp=2, keep_logits=True)
+
+
 def test_a_mesh_with_unknown_dimension_names_lists_the_known_ones() -> None:
     with pytest.raises(errors.PlanError, match=r"'experts'.*Known names: tp, cp.*dp_shard"):
         Plan.from_mesh(("dp_shard", "experts"), (2, 2))
