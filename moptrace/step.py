@@ -410,8 +410,8 @@ class Stepper:
 
     ``names`` gives the fully qualified name of every parameter of the optimizers. ``rank`` is the
     rank's number in its pipeline ``stage``, and ``trained`` are the parameters of all stages'
-    optimizers, by default those of this one's. Steppers of ranks whose parts have the same sizes may
-    share ``of_all_stages``, the gradients that each of their stages is taken from.
+    optimizers, by default those of this one's. Steppers of ranks whose parts have the same sizes
+    may share ``of_all_stages``, the gradients that each of their stages is taken from.
     """
 
     def __init__(
