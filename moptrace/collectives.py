@@ -33,6 +33,10 @@ all_gather_slots      token -> replicate      reduce_scatter_slots  as many rows
 reduce_scatter_slots  partial -> token        all_gather_slots      sum, own rows
 send_experts          shard -> shard          return_experts        weights, to guests' places
 return_experts        shard -> shard          send_experts          sum, at their owners
+gather_matrices       shard -> shard          scatter_matrices      whole, at their owners
+scatter_matrices      shard -> shard          gather_matrices       own slices of all
+take_matrices         invariant -> shard      all_gather_matrices   those that a rank owns
+all_gather_matrices   shard -> invariant      take_matrices         those of all owners
 exchange_counts       (integers)              none                  counts travel
 ====================  ======================  ====================  =================
 
@@ -41,6 +45,10 @@ or of its own of them, sorted by expert before and after: nothing needs to be co
 
 With ``_experts``, each rank has some of ``length`` experts and then ``places`` for as many: its own
 and guests, as ``hosts`` says (``kernels/balancing.py``). Where nobody has guests nothing is sent.
+
+With ``_matrices``, ranks hold as many matrices as ``like`` has along dimension 0, which have owners
+in turn: matrix i belongs to rank ``first + i``, past the last to the first again. A rank without a
+matrix has none, and computes nothing with it. Only the number is read of ``like``.
 
 A ``_cast`` is the collective after a cast to ``dtype``; its transpose casts to ``back`` first, so
 that a value is gathered in few bytes and its gradient added up in more.
@@ -231,6 +239,11 @@ class Collective:
         """Whether it moves experts to the places of guests, or what they have there back."""
         return "Tensor hosts" in self.schema
 
+    @property
+    def has_owners(self) -> bool:
+        """Whether it moves matrices to their owners, or from them."""
+        return "Tensor like" in self.schema
+
     def without_size(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments, without the size of a result that routing decides."""
         known = self.op._schema.arguments
@@ -378,6 +391,60 @@ def _return_experts(
         guests = part[own : own + len(experts)].to(wide)
         total.index_add_(0, torch.tensor(experts, dtype=torch.int64, device=part.device), guests)
     return list(total.to(parts[0].dtype).split(list(sizes)))
+
+
+def _gather_matrices(
+    parts: list[Tensor],
+    sizes: Sequence[int],
+    likes: list[Tensor],
+    dim: int,
+    first: int,
+    length: int,
+) -> list[Tensor]:
+    return _take_matrices([torch.cat(parts, dim)] * len(parts), sizes, likes, first)
+
+
+def _scatter_matrices(
+    parts: list[Tensor],
+    sizes: Sequence[int],
+    likes: list[Tensor],
+    dim: int,
+    first: int,
+    length: int,
+) -> list[Tensor]:
+    return list(_all_gather_matrices(parts, sizes, likes, first)[0].split(list(sizes), dim))
+
+
+def _take_matrices(
+    parts: list[Tensor], sizes: Sequence[int], likes: list[Tensor], first: int
+) -> list[Tensor]:
+    owned = owned_matrices(len(likes[0]), len(parts), first)
+    return [part[own] for part, own in zip(parts, owned, strict=True)]
+
+
+def _all_gather_matrices(
+    parts: list[Tensor], sizes: Sequence[int], likes: list[Tensor], first: int
+) -> list[Tensor]:
+    whole = _in_turn(parts, owned_matrices(len(likes[0]), len(parts), first))
+    return [whole.clone() for _ in parts]
+
+
+def owned_matrices(count: int, ranks: int, first: int) -> list[list[int]]:
+    """Which of so many matrices each rank owns.
+
+    >>> owned_matrices(5, 3, first=1)
+    [[2], [0, 3], [1, 4]]
+    """
+    return [list(range((rank - first) % ranks, count, ranks)) for rank in range(ranks)]
+
+
+def _in_turn(parts: Sequence[Tensor], owned: Sequence[Sequence[int]]) -> Tensor:
+    """The matrices of all owners, in order; ValueError where somebody else has them."""
+    if [len(part) for part in parts] != [len(own) for own in owned]:
+        raise ValueError(f"owners of {owned} have {[len(part) for part in parts]} matrices")
+    order = torch.tensor([*chain.from_iterable(owned)], dtype=torch.int64).argsort()
+    together = torch.cat(list(parts))
+    return together.index_select(0, order.to(together.device))
 
 
 # --- runs: the same on one rank, over the process group -------------------------------------------
@@ -656,6 +723,73 @@ def _run_return_experts(x: Tensor, hosts: Tensor, axis: str, places: int, length
     return _all_to_all(x[own : own + came], moves.borrowed, moves.numbers, group, added)
 
 
+@_Exchange
+def _run_gather_matrices(
+    x: Tensor, like: Tensor, axis: str, dim: int, first: int, length: int
+) -> Pending:
+    here, group = _axis(axis)
+    sizes = here.sizes(length, axis)
+    owned = owned_matrices(len(like), len(sizes), first)
+    own = len(owned[here.coordinate(axis)])
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, dim)
+
+    sent = [x[matrices] for matrices in owned]
+    shapes = [(own, *x.shape[1:dim], n, *x.shape[dim + 1 :]) for n in sizes]
+    return _exchanged(sent, shapes, group, like, joined)
+
+
+@_Exchange
+def _run_scatter_matrices(
+    x: Tensor, like: Tensor, axis: str, dim: int, first: int, length: int
+) -> Pending:
+    here, group = _axis(axis)
+    sizes = here.sizes(length, axis)
+    owned = owned_matrices(len(like), len(sizes), first)
+    own = sizes[here.coordinate(axis)]
+    shapes = [(len(theirs), *x.shape[1:dim], own, *x.shape[dim + 1 :]) for theirs in owned]
+    sent = x.split(list(sizes), dim)
+    return _exchanged(sent, shapes, group, like, lambda parts: _in_turn(parts, owned))
+
+
+def _run_take_matrices(x: Tensor, like: Tensor, axis: str, first: int) -> Tensor:
+    here, _ = _axis(axis)
+    return x[owned_matrices(len(like), here.size(axis), first)[here.coordinate(axis)]]
+
+
+@_Exchange
+def _run_all_gather_matrices(x: Tensor, like: Tensor, axis: str, first: int) -> Pending:
+    here, group = _axis(axis)
+    owned = owned_matrices(len(like), here.size(axis), first)
+    shapes = [(len(theirs), *x.shape[1:]) for theirs in owned]
+    sent = [x] * len(owned)
+    return _exchanged(sent, shapes, group, like, lambda parts: _in_turn(parts, owned))
+
+
+def _exchanged(
+    sent: Sequence[Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    group: Any,
+    like: Tensor,
+    finish: Callable[[list[Tensor]], Tensor],
+) -> Pending:
+    """Send a tensor to each rank, and receive one of these shapes from each.
+
+    Nothing is sent where the ranks of the group have no matrix: owners are others.
+    """
+    if not len(like):
+        return Pending(None, lambda: finish([sent[0].new_empty(shape) for shape in shapes]))
+    numbers = [math.prod(shape) for shape in shapes]
+
+    def shaped(came: Tensor) -> Tensor:
+        parts = zip(came.split(numbers), shapes, strict=True)
+        return finish([part.view(shape) for part, shape in parts])
+
+    flat = torch.cat([part.flatten() for part in sent])
+    return _all_to_all(flat, [part.numel() for part in sent], numbers, group, shaped)
+
+
 @dataclass(frozen=True)
 class _Lending:
     """Whose guests this rank's experts are, and how many guests of each rank it has itself.
@@ -825,6 +959,31 @@ def _shape_owned(x: Tensor, hosts: Tensor, axis: str, places: int, length: int) 
     return _shape_slice(x, axis, 0, length)
 
 
+def _shape_of_owner(x: Tensor, axis: str) -> Tensor:
+    """As of an owner with the most matrices; a rank with fewer has fewer."""
+    return _resized(x, 0, -(-x.shape[0] // Communicator.current().size(axis)))
+
+
+def _shape_gather_matrices(
+    x: Tensor, like: Tensor, axis: str, dim: int, first: int, length: int
+) -> Tensor:
+    return _resized(_shape_of_owner(x, axis), dim, length)
+
+
+def _shape_scatter_matrices(
+    x: Tensor, like: Tensor, axis: str, dim: int, first: int, length: int
+) -> Tensor:
+    return _resized(_shape_slice(x, axis, dim, length), 0, like.shape[0])
+
+
+def _shape_take_matrices(x: Tensor, like: Tensor, axis: str, first: int) -> Tensor:
+    return _shape_of_owner(x, axis)
+
+
+def _shape_all_gather_matrices(x: Tensor, like: Tensor, axis: str, first: int) -> Tensor:
+    return _resized(x, 0, like.shape[0])
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 _PLAIN = "(Tensor x, str axis) -> Tensor"
@@ -839,6 +998,8 @@ _CAST = "(Tensor x, str axis, int dim, ScalarType dtype, ScalarType back, int le
 _SWAP = "(Tensor x, str axis, int split, int split_length, int join, int join_length) -> Tensor"
 _COUNTS = "(Tensor counts, str axis, int length) -> Tensor"
 _EXPERTS = "(Tensor x, Tensor hosts, str axis, int places, int length) -> Tensor"
+_MATRICES = "(Tensor x, Tensor like, str axis, int first) -> Tensor"
+_SPLIT_MATRICES = "(Tensor x, Tensor like, str axis, int dim, int first, int length) -> Tensor"
 
 # What the collectives of one meaning share: schema, meaning, run and shape.
 _GATHER = (_SLICED, _concatenate, _run_gather, _shape_whole)
@@ -871,6 +1032,16 @@ _SCATTER_SLOTS = (_SLOTS, _sum_and_split_slots, _run_reduce_scatter_slots, _shap
 _LEND = (_EXPERTS, _send_experts, _run_send_experts, _shape_places)
 _GIVE_BACK = (_EXPERTS, _return_experts, _run_return_experts, _shape_owned)
 
+_TO_OWNERS = (_SPLIT_MATRICES, _gather_matrices, _run_gather_matrices, _shape_gather_matrices)
+_FROM_OWNERS = (_SPLIT_MATRICES, _scatter_matrices, _run_scatter_matrices, _shape_scatter_matrices)
+_TAKE_OWN = (_MATRICES, _take_matrices, _run_take_matrices, _shape_take_matrices)
+_SHARE_OWN = (
+    _MATRICES,
+    _all_gather_matrices,
+    _run_all_gather_matrices,
+    _shape_all_gather_matrices,
+)
+
 _TABLE = (
     Collective("all_gather", Shard, Replicate, "reduce_scatter", *_GATHER),
     Collective("all_gather_invariant", Shard, Invariant, "take_shard", *_GATHER),
@@ -895,6 +1066,10 @@ _TABLE = (
     Collective("reduce_scatter_slots", Partial, Rows, "all_gather_slots", *_SCATTER_SLOTS),
     Collective("send_experts", Shard, Shard, "return_experts", *_LEND),
     Collective("return_experts", Shard, Shard, "send_experts", *_GIVE_BACK),
+    Collective("gather_matrices", Shard, Shard, "scatter_matrices", *_TO_OWNERS),
+    Collective("scatter_matrices", Shard, Shard, "gather_matrices", *_FROM_OWNERS),
+    Collective("take_matrices", Invariant, Shard, "all_gather_matrices", *_TAKE_OWN),
+    Collective("all_gather_matrices", Shard, Invariant, "take_matrices", *_SHARE_OWN),
     Collective(
         "exchange_counts", None, None, None, _COUNTS, _exchange, _run_exchange_counts, _shape_counts
     ),
@@ -905,7 +1080,7 @@ _CONVERSIONS = {
     (row.source, row.target): row.name
     for row in COLLECTIVES.values()
     if row.source and (row.source, row.target) != (Rows, Rows)
-    if not (row.casts or row.of_slots or row.lends_experts)
+    if not (row.casts or row.of_slots or row.lends_experts or row.has_owners)
 }
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec
 from moptrace import roles
 from moptrace.errors import PassError
 from moptrace.kernels.as_one import Operator
-from moptrace.placement import Layout
+from moptrace.placement import Layout, Placement
 
 __all__ = [
     "Buffer",
@@ -125,6 +125,7 @@ class Output:
     of the parameter whose gradient it is, and ``state_of`` that of the parameter to whose optimizer
     state it belongs. ``updates`` is the name of the graph input that it replaces after the step:
     None for a returned tensor, and for a state that the optimizer makes in its first step.
+    ``held`` is how the ranks hold such a state, None for one that all ranks have.
     """
 
     path: str
@@ -132,6 +133,7 @@ class Output:
     gradient: str | None = None
     state_of: str | None = None
     updates: str | None = None
+    held: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)

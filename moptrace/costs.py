@@ -20,9 +20,10 @@ from moptrace import roles
 from moptrace.activations import communicates
 from moptrace.core import Program
 from moptrace.kernels.expert_function import ExpertOperator
+from moptrace.kernels.matrix_function import MatrixFunction
 from moptrace.liveness import shape_of, sizes_of_values, storages, symbols_of
 
-__all__ = ["Machine", "operator_costs", "products"]
+__all__ = ["Machine", "operations", "operator_costs", "products"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -58,7 +59,7 @@ def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
             found[node] = 0.0
             continue
         moved = sum(sizes[x] for x in node.all_input_nodes) + written(node)
-        computed = _operations(node, symbols) / machine.flops
+        computed = operations(node, symbols) / machine.flops
         sent = written(node) / machine.link if communicates(node) else 0.0
         found[node] = max(computed, moved / machine.memory) + sent
     return found
@@ -68,17 +69,23 @@ def products(node: fx.Node) -> int:
     """How many products of matrices an operator makes; attention counts as one."""
     if isinstance(node.target, ExpertOperator):
         return len(node.target.products)
+    if isinstance(node.target, MatrixFunction):
+        return sum(map(products, node.target.graph.nodes))
     return _count(node.target) is not None
 
 
-def _operations(node: fx.Node, symbols: Mapping[Any, int]) -> float:
+def operations(node: fx.Node, symbols: Mapping[Any, int]) -> float:
     """The floating-point operations of an operator's matrix products."""
-    values = pytree.tree_leaves([roles.value(x) for x in node.all_input_nodes])
+    given = pytree.tree_leaves((node.args, node.kwargs))  # a product of a matrix with itself
+    values = pytree.tree_leaves([roles.value(x) for x in given if isinstance(x, fx.Node)])
     shapes = [shape_of(x, symbols) for x in values if isinstance(x, Tensor)]
     if isinstance(node.target, ExpertOperator):
         example: Any = node.args[node.target.example]
         rows = shape_of(roles.tensor(example), symbols)[0]
         return 2.0 * rows * sum(a * b for a, b in node.target.products)
+    if isinstance(node.target, MatrixFunction):
+        matrices = roles.value(node)[0].shape[0]
+        return matrices * sum(operations(x, symbols) for x in node.target.graph.nodes)
     count = _count(node.target)
     return count(shapes) if count is not None else 0.0
 

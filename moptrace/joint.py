@@ -27,7 +27,7 @@ from moptrace.core import erase_dead, is_random
 from moptrace.random import draw
 from moptrace.roles import Role
 
-__all__ = ["Recording", "Tape", "record", "splice", "wrap_draws"]
+__all__ = ["Recording", "Tape", "name_of", "record", "splice", "wrap_draws"]
 
 aten = torch.ops.aten
 
@@ -146,7 +146,7 @@ def splice(
         if old.op == "placeholder":
             copies[old] = operands[old.name]
         elif old.op == "get_attr":
-            name = _name_of(recording.constants[str(old.target)], constants)
+            name = name_of(recording.constants[str(old.target)], constants)
             copies[old] = graph.get_attr(name)
             roles.copy_role(copies[old], of=old)
             roles.set_value(copies[old], roles.value(old))
@@ -157,7 +157,7 @@ def splice(
     raise AssertionError("the recording has no output")
 
 
-def _name_of(value: Any, constants: dict[str, Any]) -> str:
+def name_of(value: Any, constants: dict[str, Any]) -> str:
     """The name of a constant, which is added if it is not there yet."""
     for name, known in constants.items():
         if known is value:
@@ -212,7 +212,7 @@ def _cleaned(
             assert new.name == name, f"{name} is no name for a graph input"
             return new
         if old.op == "get_attr":
-            return graph.get_attr(_name_of(getattr(traced, str(old.target)), kept))
+            return graph.get_attr(name_of(getattr(traced, str(old.target)), kept))
         target = aten.reshape.default if old.target in _VIEWS else old.target
         args: Any
         kwargs: Any

@@ -41,6 +41,7 @@ from moptrace import roles
 from moptrace.core import Buffer, Input, Level, Parameter, Program, State
 from moptrace.fold import runs, wired_alike
 from moptrace.kernels.expert_function import ExpertFunction, ExpertOperator
+from moptrace.kernels.matrix_function import MatrixFunction
 from moptrace.placement import Invariant, Partial, Placement, Rows, Shard
 from moptrace.random import draw
 from moptrace.reshard import reshard, route
@@ -444,6 +445,9 @@ def _sections(program: Program, fold: bool) -> Iterator[list[Line]]:
         if isinstance(target, (ExpertFunction, ExpertOperator)):
             heading = f"{target.__name__}, for each expert"
             yield [Line(heading=heading, sign=""), *_inside(target)]
+        if isinstance(target, MatrixFunction):
+            heading = f"{target.__name__}, for each matrix"
+            yield [Line(heading=heading, sign=""), *_of_matrix(target)]
     yield [Line(heading="outputs", sign=""), *_outputs(program)]
 
 
@@ -455,12 +459,21 @@ def _inside(function: ExpertFunction | ExpertOperator) -> Iterator[Line]:
     for node, operand in zip(inputs, function.operands, strict=True):
         sizes = filter(None, (sides[operand.kind], *map(str, operand.shape)))
         yield Line(f"%{node.name}", f"{_dtype(operand.dtype)}[{', '.join(sizes)}]")
-    for node in function.graph.nodes:
+    yield from _body(function.graph)
+
+
+def _of_matrix(function: MatrixFunction) -> Iterator[Line]:
+    """The operators of an optimizer that owners run on a whole matrix."""
+    for node in function.graph.find_nodes(op="placeholder"):
+        yield Line(f"%{node.name}", type_name(node, Level.LOCAL))
+    yield from _body(function.graph)
+
+
+def _body(graph: fx.Graph) -> Iterator[Line]:
+    for node in graph.nodes:
         if node.op == "call_function":
             yield Line(f"%{node.name}", "", call_text(node))
-    yield Line(
-        "returned", "", ", ".join(map(percent, function.graph.output_node().all_input_nodes))
-    )
+    yield Line("returned", "", ", ".join(map(percent, graph.output_node().all_input_nodes)))
 
 
 def _outputs(program: Program) -> Iterator[Line]:

@@ -816,6 +816,14 @@ def embedding_rows(node: fx.Node) -> Rule:
     return Rule((("v", "D"), ids), ((*ids, "D"),), whole=words, together=together, suffices=True)
 
 
+def fused_update(node: fx.Node) -> Rule:
+    """A parameter, its gradient and moments, element by element; and numbers."""
+    shape = _shape(operands(node)[0])
+    dims = _dims("d", len(shape))
+    ins = tuple(dims if _shape(x) == shape else () for x in operands(node))
+    return Rule(ins, (dims,) * len(results(node)))
+
+
 def hop(node: fx.Node) -> Rule:
     """A value goes to other ranks as it is, terms of a sum each for themselves."""
     dims = _dims("d", roles.tensor(node).dim())
@@ -985,6 +993,7 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
     import moptrace.kernels.attention
     import moptrace.kernels.causal_conv1d
     import moptrace.kernels.embedding_rows
+    import moptrace.kernels.fused_adam
     import moptrace.kernels.grouped_mm
     import moptrace.kernels.routing
     import moptrace.kernels.vocab_projection
@@ -1003,6 +1012,7 @@ def _canonical_operators() -> dict[Any, Callable[[fx.Node], Rule | None]]:
         ops.vocab_projection: vocab_projection,
         ops.embedding_rows: embedding_rows,
         ops.kept_tokens: _same,
+        ops.fused_adam: fused_update,
         ops.hop: hop,
     }
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as ReplicateDim
+from torch.distributed.tensor import Shard as ShardDim
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils import _pytree as pytree
 
@@ -36,14 +38,18 @@ from moptrace.passes.recompute import recompute
 from moptrace.passes.stream_state import stream_state
 from moptrace.passes.take_stage import take_stage
 from moptrace.passes.update_early import update_early
+from moptrace.placement import Placement, Shard
 from moptrace.timeline import Timeline, measure, predict, write
 from moptrace.updates import Updates, makes_state
 
-__all__ = ["Stepper", "TrainStep", "train_step"]
+__all__ = ["Stepper", "TrainStep", "several", "train_step"]
 
 ops = torch.ops.moptrace
 
 _OVERLAPPED = overlapped()
+
+# How an entry of a parameter's state is kept, of which a rank has a part, and how ranks hold it.
+Like = Callable[[str, Tensor, Placement | None], Tensor]
 
 # What ``train_step`` takes for ``updates`` and ``state``, and the pass that it means. Updates in
 # the next forward depend on whether there are any.
@@ -53,7 +59,7 @@ _STATE = {"device": None, "host": stream_state()}
 
 def train_step(
     model: ParallelModule,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     *,
     max_norm: float | None = None,
     accumulate: int = 1,
@@ -66,9 +72,11 @@ def train_step(
     """Forward, loss, backward, reductions, clipping and optimizer as one graph.
 
     ``model`` is what ``parallelize`` returned, ``optimizer`` any ``torch.optim`` optimizer of its
-    parameters that treats every element alike. Gradients are scaled down to a global norm of
-    ``max_norm``, the norm that the unsharded model has; None leaves them. With ``accumulate``
-    micro-batches to a step, the loss is the mean over all their tokens.
+    parameters, or several of different ones, such as Muon for matrices and AdamW for the rest. What
+    treats every element alike works on shards, and what needs whole matrices, as Muon does, is
+    computed by an owner of each (``passes.apply_optimizer``). Gradients are scaled down to a global
+    norm of ``max_norm``, the norm that the unsharded model has; None leaves them. With
+    ``accumulate`` micro-batches to a step, the loss is the mean over all their tokens.
 
     ``activations`` says what is kept from forward to backward: ``"keep"`` everything,
     ``"checkpoint"`` what enters each layer, ``"offload"`` that in the memory of the host; a number
@@ -144,7 +152,7 @@ class TrainStep:
     def __init__(
         self,
         model: ParallelModule,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         max_norm: float | None,
         accumulate: int,
         schedule: Pass | None,
@@ -157,7 +165,7 @@ class TrainStep:
         self.model, self.optimizer = model, optimizer
         self.accumulate = accumulate
         self._schedule = schedule
-        names = _names(model, optimizer)
+        names = _names(model, several(optimizer))
         trained = (name for parameter, name in names.items() if parameter.requires_grad)
         self._stepper = Stepper(
             optimizer,
@@ -172,12 +180,10 @@ class TrainStep:
             model.stage,
             model.of_all_stages(trained),
         )
-        for register in (
-            optimizer.register_step_pre_hook,
-            optimizer.register_state_dict_pre_hook,
-            optimizer.register_load_state_dict_pre_hook,
-        ):
-            register(lambda *_: self._settle())
+        for each in self._stepper.optimizers:
+            each.register_step_pre_hook(lambda *_: self._settle())
+            each.register_state_dict_pre_hook(lambda *_: self._settle())
+            each.register_load_state_dict_pre_hook(lambda *_: self._settle())
         self._versions: dict[str, int] = {}  # of what updates were left for, by path
         self._runs: dict[Program, fx.GraphModule] = {}
         self._waiting: list[dict[str, Any]] = []
@@ -310,7 +316,7 @@ class TrainStep:
         parameters = [_own(self.model.get_parameter(p.fqn)) for p in signature.parameters]
         buffers = [self.model.get_buffer(b.fqn) for b in signature.buffers]
         if self.model.device.type == "cuda":
-            self._stepper.send_to_host(program, self._like)
+            self._stepper.send_to_host(program)
         return [*parameters, *buffers, *self._stepper.states(program)]
 
     @contextmanager
@@ -373,29 +379,44 @@ class TrainStep:
                 "not depend on a rank's own sizes."
             )
 
-    def _like(self, fqn: str, value: Tensor) -> Tensor:
-        """A new entry of the state is held as its parameter, if it is of that shape."""
+    def _like(self, fqn: str, value: Tensor, held: Placement | None) -> Tensor:
+        """A new entry of the state, as the ranks hold it."""
         parameter = self.model.get_parameter(fqn)
-        if not isinstance(parameter, DTensor) or _own(parameter).shape != value.shape:
+        if not isinstance(parameter, DTensor) or held is None:
             return value
+        kinds = (held.expressed_in(self.model.layout.storage) or held).kinds
+        dims = {kind.dim for kind in kinds if isinstance(kind, Shard)}
+        shape = [parameter.shape[d] if d in dims else n for d, n in enumerate(value.shape)]
         # DTensor.from_local would bring what is on the host to the device of the mesh.
-        meta = TensorMeta(parameter.shape, parameter.stride(), value.dtype)
-        spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)
+        strides = torch.empty(shape, device="meta").stride()
+        meta = TensorMeta(torch.Size(shape), strides, value.dtype)
+        places = tuple(ShardDim(k.dim) if isinstance(k, Shard) else ReplicateDim() for k in kinds)
+        spec = DTensorSpec(parameter.device_mesh, places, tensor_meta=meta)
         return DTensor(value, spec, requires_grad=False)
 
 
-class Stepper:
-    """The step programs of one rank, and the optimizer whose state they read and write.
+def several(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers of a step, of which one may be given alone."""
+    found = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+    if not found:
+        raise StepError("a step needs an optimizer: train_step(model, optimizer), or several")
+    return found
 
-    ``names`` gives the fully qualified name of every parameter of the optimizer. ``rank`` is the
+
+class Stepper:
+    """The step programs of one rank, and the optimizers whose state they read and write.
+
+    ``names`` gives the fully qualified name of every parameter of the optimizers. ``rank`` is the
     rank's number in its pipeline ``stage``, and ``trained`` are the parameters of all stages'
-    optimizers, by default those of this one. Steppers of ranks whose parts have the same sizes may
-    share ``of_all_stages``, the gradients that each of their stages is taken from.
+    optimizers, by default those of this one's. Steppers of ranks whose parts have the same sizes
+    may share ``of_all_stages``, the gradients that each of their stages is taken from.
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         names: Mapping[Tensor, str],
         max_norm: float | None = None,
         micro_batches: int = 1,
@@ -408,7 +429,7 @@ class Stepper:
         trained: Collection[str] | None = None,
         of_all_stages: dict[Program, Program] | None = None,
     ):
-        self.optimizer, self.names = optimizer, names
+        self.optimizers, self.names = several(optimizer), names
         self.max_norm, self.micro_batches = max_norm, micro_batches
         self.rank, self.stage = rank, stage
         self._trained = trained
@@ -420,6 +441,13 @@ class Stepper:
         self._stream = state if isinstance(state, Pass) else _chosen("state", state, _STATE)
         self._schedule = schedule
         self._parameters = {name: parameter for parameter, name in names.items()}
+        self._optimizer_of = {
+            p: each
+            for each in self.optimizers
+            for group in each.param_groups
+            for p in group["params"]
+        }
+        self._held: dict[str, Placement | None] = {}  # how the ranks hold state that was made here
         self._gradients: dict[Program, Program] = {}
         self._finished: dict[Any, Program] = {}  # with the optimizer, in the order of the step
         self._programs: dict[Any, Program] = {}
@@ -472,8 +500,12 @@ class Stepper:
         if (local, kind) not in self._finished:
             if local not in self._gradients:
                 self._gradients[local] = self._with_gradients(local, device)
-            update = apply_optimizer(self.optimizer, self.names)
-            self._finished[local, kind] = update(self._gradients[local])
+            updates: list[Pass] = []
+            groups = 0
+            for optimizer in self.optimizers:
+                updates.append(apply_optimizer(optimizer, self.names, self._held, groups))
+                groups += len(optimizer.param_groups)
+            self._finished[local, kind] = chain(*updates)(self._gradients[local])
         return self._finished[local, kind]
 
     def _with_gradients(self, local: Program, device: torch.device | str) -> Program:
@@ -500,53 +532,58 @@ class Stepper:
         """What the optimizer's part is traced for: options by value, state by shape and dtype."""
         options = tuple(
             (key, isinstance(x, Tensor) if key == "lr" else repr(x))
-            for group in self.optimizer.param_groups
+            for group in self._groups()
             for key, x in group.items()
             if key not in ("params", "initial_lr")
         )
         state = tuple(
             (
                 self.names[p],
-                *((key, x.dtype) for key, x in state_tensors(self.optimizer, p).items()),
+                *((key, x.dtype) for key, x in state_tensors(optimizer, p).items()),
             )
-            for group in self.optimizer.param_groups
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
             for p in group["params"]
         )
         return (options, state)
 
     def states(self, program: Program) -> list[Tensor]:
         """The optimizer's tensors, in the order of the program's inputs."""
-        groups = self.optimizer.param_groups
         held = {
             f"{name}.{key}": x
             for name, p in self._parameters.items()
-            for key, x in state_tensors(self.optimizer, p).items()
+            for key, x in state_tensors(self._optimizer_of[p], p).items()
         }
-        rates = {f"groups.{i}.lr": learning_rate(g) for i, g in enumerate(groups)}
+        rates = {f"groups.{i}.lr": learning_rate(g) for i, g in enumerate(self._groups())}
         given = held | rates | self.pending
         return [given[entry.path] for entry in program.signature.states]
 
-    def send_to_host(self, program: Program, like: Callable[[str, Tensor], Tensor]) -> None:
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def send_to_host(self, program: Program) -> None:
         """Move the state that a program expects on the host there, from a GPU."""
         for entry in program.signature.states:
             if entry.host and entry.parameter and not entry.path.startswith(PENDING):
                 parameter = self._parameters[entry.parameter]
+                state = self._optimizer_of[parameter].state[parameter]
                 key = entry.path.removeprefix(f"{entry.parameter}.")
-                value = state_tensors(self.optimizer, parameter)[key]
-                if value.device.type == "cuda":
+                old = state[key]
+                if (value := _own(old)).device.type == "cuda":
                     value = value.cpu().pin_memory()
-                    self.optimizer.state[parameter][key] = like(entry.parameter, value)
+                    spec = old._spec if isinstance(old, DTensor) else None
+                    state[key] = DTensor(value, spec, requires_grad=False) if spec else value
 
     def finish(
         self,
         program: Program,
         made: Iterable[tuple[Output, Tensor]],
-        like: Callable[[str, Tensor], Tensor],
+        like: Like,
     ) -> Tensor | None:
         """Keep what a step made beside the loss; returns the norm of the gradients, if taken.
 
-        ``made`` are the outputs that replace nothing. ``like(parameter, value)`` is how an entry of
-        a parameter's state is held.
+        ``made`` are the outputs that replace nothing. ``like(parameter, value, held)`` is how an
+        entry of a parameter's state is kept, which the ranks hold so.
         """
         norm = None
         for output, value in made:
@@ -556,12 +593,14 @@ class Stepper:
                 self.pending[output.path] = value
             elif output.state_of is not None:
                 key = output.path.removeprefix(f"{output.state_of}.")
-                self.optimizer.state[self._parameters[output.state_of]][key] = like(
-                    output.state_of, value
-                )
+                parameter = self._parameters[output.state_of]
+                kept = like(output.state_of, value, output.held)
+                self._optimizer_of[parameter].state[parameter][key] = kept
+                self._held[output.path] = output.held
         if self.pending:
             self._left = self._sources.get(program)
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask
+        for optimizer in self.optimizers:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask
         return norm
 
     def flushed(self) -> None:
@@ -623,12 +662,17 @@ def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
     return module
 
 
-def _names(model: ParallelModule, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
-    """The names of the optimizer's parameters; StepError if one is not the model's."""
+def _names(model: ParallelModule, optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, str]:
+    """The names of the optimizers' parameters; StepError if one is not the model's, or is twice."""
     of = {id(model.get_parameter(p.fqn)): p.fqn for p in model.own_parameters}
     names: dict[Tensor, str] = {}
-    for number, group in enumerate(optimizer.param_groups):
+    for number, group in enumerate(g for each in optimizers for g in each.param_groups):
         for parameter in group["params"]:
+            if parameter in names:
+                raise StepError(
+                    f"{names[parameter]} is a parameter of two optimizers, which would both update "
+                    "it in one step. Give each parameter to one of them."
+                )
             if id(parameter) not in of:
                 raise StepError(
                     f"group {number} of the optimizer holds a parameter of shape "

@@ -23,7 +23,7 @@ from moptrace.placement import INVARIANT, Placement, Shard
 from moptrace.precision import MixedPrecisionPolicy, convert
 from moptrace.simulate import simulate
 from moptrace.state import sizes_of_rank
-from moptrace.step import Stepper
+from moptrace.step import Stepper, several
 from moptrace.strategies import ModelSpec, batches, meshes, model_specs, moe_models, plans
 from moptrace.trace import call, evaluate, inputs_of
 
@@ -261,15 +261,17 @@ class SimulatedRanks:
 class SimulatedSteps:
     """The training step of all ranks of a local program in one process, as ``train_step`` runs it.
 
-    ``optimizer`` makes the optimizer of one rank from its shards by fully qualified name; the other
-    options are those of ``train_step``.
+    ``optimizer`` makes the optimizer, or several, of one rank from its shards by fully qualified
+    name; the other options are those of ``train_step``.
     """
 
     def __init__(
         self,
         local: Program,
         whole: Mapping[str, Tensor],
-        optimizer: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        optimizer: Callable[
+            [dict[str, Tensor]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+        ],
         max_norm: float | None = None,
         accumulate: int = 1,
         schedule: Pass | None = None,
@@ -281,14 +283,15 @@ class SimulatedSteps:
         assert local.layout is not None
         self.local = local
         self.ranks = SimulatedRanks(local, whole, seed)
-        made: list[tuple[int, int, torch.optim.Optimizer, dict[Tensor, str]]] = []
+        made: list[tuple[int, int, tuple[torch.optim.Optimizer, ...], dict[Tensor, str]]] = []
         for stage in range(local.layout.stages):
             for rank, own in enumerate(self.ranks.ranks):
                 owned = [p for p in local.signature.parameters if p.stage == stage]
                 shards = {p.fqn: own[p.name] for p in owned}
                 names = {shard: name for name, shard in shards.items()}
-                update = optimizer(shards)
-                held = {p: names[p] for group in update.param_groups for p in group["params"]}
+                update = several(optimizer(shards))
+                groups = [group for each in update for group in each.param_groups]
+                held = {p: names[p] for group in groups for p in group["params"]}
                 made.append((stage, rank, update, held))
         trained = {name for *_, held in made for p, name in held.items() if p.requires_grad}
         sizes = [sizes_of_rank(local, rank) for _, rank, *_ in made]
@@ -326,7 +329,7 @@ class SimulatedSteps:
         made = self._run(programs, batches)
         self.ranks.steps += 1
         finished = zip(self.steppers, programs, made, strict=True)
-        norms = [s.finish(program, own, lambda _, value: value) for s, program, own in finished]
+        norms = [s.finish(program, own, lambda _, value, __: value) for s, program, own in finished]
         loss = _agreed([own[0][1] for own in made], "the loss")
         taken = [x for x in norms if x is not None]
         return loss, _agreed(taken, "the norm") if taken else None

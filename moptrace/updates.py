@@ -107,21 +107,19 @@ def makes_state(program: Program) -> bool:
 
 
 def add_state(
-    graph: fx.Graph, program: Program, state: State, example: torch.Tensor
+    graph: fx.Graph,
+    program: Program,
+    state: State,
+    example: torch.Tensor,
+    held: Placement | None,
 ) -> tuple[fx.Node, State]:
     """Add a graph input that a step keeps beside its parameters, where the graph inserts.
 
-    It is placed as its parameter is if it has that one's shape, else alike on all ranks. Returns
-    the state with the name that the input got: ``state.name``, if that was free.
+    It is placed as it is ``held``, or alike on all ranks. Returns the state with the name that the
+    input got: ``state.name``, if that was free.
     """
-    layout = program.layout
-    assert layout is not None
-    placement = Placement.uniform(layout.home, INVARIANT)
-    if state.parameter is not None:
-        name = program.signature.parameter(state.parameter).name
-        owner = next(x for x in program.graph.find_nodes(op="placeholder") if x.name == name)
-        if roles.tensor(owner).shape == example.shape:
-            placement = roles.placement(owner) or placement
+    assert program.layout is not None
+    placement = held or Placement.uniform(program.layout.home, INVARIANT)
     node = graph.placeholder(state.name)
     node.target = node.name  # another one where the name was taken
     roles.set_value(node, example)

@@ -11,6 +11,7 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.core import Level, Output, Pass, Program, State
+from moptrace.placement import Placement
 from moptrace.roles import Component
 from moptrace.updates import Updates, add_state
 
@@ -118,12 +119,20 @@ class _Rotation:
             name = re.sub(r"\W", "_", path)
             state = State(name, path, tuple(value.shape), value.dtype, operand.parameter)
             if self.takes:
-                self.before[node], state = add_state(self.graph, self.old, state, value)
+                held = self._held(operand.parameter, value)
+                self.before[node], state = add_state(self.graph, self.old, state, value, held)
             self.waiting.append(state)
         if self.leaves:
             for node in given:
                 if node.name in batch:
                     self.after[node] = self.graph.node_copy(node)
+
+    def _held(self, fqn: str | None, value: torch.Tensor) -> Placement | None:
+        """How the ranks hold what waits for a parameter: a gradient as that, a number alike."""
+        if fqn is None:
+            return None
+        parameter = self.parameters[self.old.signature.parameter(fqn).name]
+        return roles.placement(parameter) if roles.tensor(parameter).shape == value.shape else None
 
     def _copy_rest(self) -> None:
         """Everything but the updates; each of these runs before the first use of its parameter."""

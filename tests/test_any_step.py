@@ -19,6 +19,7 @@ from moptrace.passes.stream_state import stream_state
 from moptrace.testing import SimulatedSteps, batches, model_specs, plans, whole_state
 from sweeps import WITHOUT_SHRINKING
 from test_train_step import OPTIMIZERS, Eager, all_of, assert_same_steps
+from test_whole_matrices import ADAFACTOR, Orthogonal
 
 SIZE, LENGTH = 6, 6
 EXAMPLES = 60
@@ -31,6 +32,7 @@ SCHEDULES = (  # what is kept of activations, and how the step is scheduled then
     (chain(checkpoint(collectives=True), offload()), overlapped()),
 )
 
+EVERY_OPTIMIZER = OPTIMIZERS | {"Adafactor": ADAFACTOR, "Orthogonal": Orthogonal}
 
 STREAMED = stream_state(bucket=500, gradients=True)
 STEPS_PER_MODEL = 6  # a model is traced once and trained in several ways
@@ -49,13 +51,13 @@ def test_any_step_is_that_of_one_device(data: st.DataObject) -> None:
     for number in range(STEPS_PER_MODEL):
         plan = data.draw(plans(ranks, LENGTH), label=f"plan {number}")
         plan = replace(plan, dropping=None, pp=stages)  # dropping is not what one device does
-        name = data.draw(st.sampled_from(sorted(OPTIMIZERS)), label=f"optimizer {number}")
+        name = data.draw(st.sampled_from(sorted(EVERY_OPTIMIZER)), label=f"optimizer {number}")
         max_norm = data.draw(st.sampled_from([None, 0.3, math.inf]), label=f"max_norm {number}")
         kept, schedule = data.draw(st.sampled_from(SCHEDULES), label=f"schedule {number}")
         when = ["after", "forward"] + (["backward"] if max_norm in (None, math.inf) else [])
         updates = data.draw(st.sampled_from(when), label=f"updates {number}")
         place = data.draw(st.sampled_from(["device", STREAMED]), label=f"state {number}")
-        make, local = all_of(OPTIMIZERS[name]), sharded(plan, ranks * stages)(program)
+        make, local = all_of(EVERY_OPTIMIZER[name]), sharded(plan, ranks * stages)(program)
         simulated = SimulatedSteps(
             local,
             whole_state(model),

@@ -11,7 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gloo import Ranks
-from moptrace.collectives import COLLECTIVES, Collective, Communicator, conversion
+from moptrace.collectives import (
+    COLLECTIVES,
+    Collective,
+    Communicator,
+    conversion,
+    owned_matrices,
+)
 from moptrace.placement import INVARIANT, PARTIAL, REPLICATE, Layout, Rows, Shard, gradient_kind
 
 Pools = Callable[[int], Ranks]
@@ -26,11 +32,14 @@ CONVERTING = [row for row in COLLECTIVES.values() if row.source and row.target]
 CONVERTING = [row for row in CONVERTING if (row.source, row.target) != (Rows, Rows)]
 PLAIN = [row for row in CONVERTING if not row.moves_rows and not row.of_slots]
 PLAIN += [row for row in COLLECTIVES.values() if row.of_slots]
-UNTYPED = [row for row in CONVERTING if row.casts or row.of_slots or row.lends_experts]
+UNTYPED = [row for row in CONVERTING if row.casts or row.of_slots]
+UNTYPED += [row for row in CONVERTING if row.lends_experts or row.has_owners]
 WORLD = 3
 LENGTH = 7  # not a multiple of the ranks
 SLOTS = 2  # for each of as many experts
 PLACES = 5  # of which the ranks' own experts take 3, 3 and 1
+MATRICES = 5  # which two, two and one of the ranks own
+FIRST = 1
 HOSTS = [0, 1, 2, 4, 6, 3, 4, 5, 2, -1, 6, 2, 3, 4, -1]
 
 
@@ -55,6 +64,9 @@ def _arguments(row: Collective) -> tuple[Any, ...]:
         return ("dp", SLOTS, LENGTH)
     if row.lends_experts:
         return (torch.tensor(HOSTS), "dp", PLACES, LENGTH)
+    if row.has_owners:
+        split = (1, FIRST, LENGTH) if "int dim" in row.schema else (FIRST,)
+        return (torch.empty(MATRICES), "dp", *split)
     if row.casts:
         return ("dp", 0, torch.float64, torch.float64, LENGTH)
     return ("dp", 0, LENGTH) if "int dim" in row.schema else ("dp",)
@@ -69,6 +81,14 @@ def _held(row: Collective, seed: int) -> list[Tensor]:
         own = Layout.of(WORLD).sizes(LENGTH, "dp")
         experts = own if row.name == "return_slots" else (LENGTH,) * WORLD
         return [torch.randn(n * ranks * SLOTS, 5, dtype=torch.float64) for n in experts]
+    if row.has_owners:
+        owned = [len(own) for own in owned_matrices(MATRICES, WORLD, FIRST)]
+        slices = Layout.of(WORLD).sizes(LENGTH, "dp")
+        if row.name == "gather_matrices":
+            return list(torch.randn(MATRICES, LENGTH, 4, dtype=torch.float64).split(slices, 1))
+        if row.source is Shard:
+            return list(torch.randn(MATRICES, LENGTH, 4, dtype=torch.float64).split(owned))
+        return [torch.randn(MATRICES, LENGTH, 4, dtype=torch.float64)] * WORLD
     if row.name == "return_experts":
         return list(torch.randn(WORLD, PLACES, 5, dtype=torch.float64))
     if row.source is Shard:

@@ -116,8 +116,8 @@ def test_options_count_from_the_step_in_which_they_are_set() -> None:
     plain, late = steps(), steps(updates="forward")
     for number in range(5):
         for stepper in (*plain.steppers, *late.steppers):
-            stepper.optimizer.param_groups[0]["weight_decay"] = 0.1 * (number // 2)
-            stepper.optimizer.param_groups[0]["lr"] = 0.01 * (number + 1)
+            stepper.optimizers[0].param_groups[0]["weight_decay"] = 0.1 * (number // 2)
+            stepper.optimizers[0].param_groups[0]["lr"] = 0.01 * (number + 1)
         assert_same_bits(plain, late, [[batch_of(number)]] if number == 4 else [])
         if number < 4:
             plain.step(batch_of(number))
