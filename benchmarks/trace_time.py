@@ -5,7 +5,8 @@
 
 All layers of the Hugging Face models, parameters on the meta device, bfloat16, 4,096 tokens per
 rank. "pipeline" goes down to the program that a rank runs forward, and "step" on to the graph that
-``train_step`` runs: backward, clipping, AdamW, and a schedule. Next to them, "capture" is the least
+``train_step`` runs: backward, clipping, AdamW, and a schedule. "stage" is the same of one of eight
+pipeline stages, with sixteen micro-batches. Next to them, "capture" is the least
 that any tracer does: one ``make_fx`` of the same forward on fake tensors, with nothing kept and
 nothing rewritten. Each figure comes from a fresh process of one thread, in seconds of processor
 time, which others on the machine hardly change, and leaves out importing libraries and building the
@@ -43,7 +44,9 @@ T = TypeVar("T")
 Parts: TypeAlias = Generator[tuple[str, int], None, T]  # the name of a part, and the nodes after it
 
 LENGTH = 4096  # tokens per rank, one sequence
-LIMITS = {"pipeline": (60.0, 4.0), "step": (180.0, 10.0)}  # seconds, gigabytes
+STAGES, MICRO_BATCHES = 8, 16  # of "stage"
+# In seconds and gigabytes.
+LIMITS = {"pipeline": (60.0, 4.0), "step": (180.0, 10.0), "stage": (300.0, 10.0)}
 
 
 # -------------------------------------------------------------------------------------- models
@@ -140,6 +143,36 @@ def step(model: nn.Module, batch: dict[str, Tensor], ranks: int) -> Parts[Progra
     return program
 
 
+def stage(model: nn.Module, batch: dict[str, Tensor], ranks: int) -> Parts[Program]:
+    """The graph of one of ``STAGES`` pipeline stages, which take turns with ``MICRO_BATCHES``."""
+    import moptrace
+    from moptrace.core import chain
+    from moptrace.passes.apply_optimizer import apply_optimizer
+    from moptrace.passes.clip_gradients import clip_gradients
+    from moptrace.passes.default import canonical, overlapped, sharded
+    from moptrace.passes.differentiate import differentiate
+    from moptrace.passes.pipeline import pipeline as take_turns
+    from moptrace.passes.shard_parameters import expert_counts
+    from moptrace.passes.take_stage import take_stage
+
+    own = {name: x[: ranks // STAGES] for name, x in batch.items()}
+    program = canonical()(moptrace.trace(model, own))
+    yield "trace, classify", len(program.graph.nodes)
+    plan = moptrace.Plan(pp=STAGES, micro_batches=MICRO_BATCHES)
+    program = sharded(plan.resolve(ranks, expert_counts(program)), ranks)(program)
+    yield f"place, localise, {STAGES} stages", len(program.graph.nodes)
+    program = differentiate(micro_batches=MICRO_BATCHES)(program)
+    yield f"differentiate, {MICRO_BATCHES} micro-batches", len(program.graph.nodes)
+    program = chain(clip_gradients(1.0), take_turns())(program)
+    yield "clip gradients, take turns", len(program.graph.nodes)
+    program = take_stage(STAGES // 2)(program)
+    yield "take stage", len(program.graph.nodes)
+    names = {nn.Parameter(x): name for name, x in own_parts(program).items()}
+    program = chain(apply_optimizer(torch.optim.AdamW(names), names), overlapped())(program)
+    yield "apply optimizer, overlapped", len(program.graph.nodes)
+    return program
+
+
 def own_parts(program: Program) -> dict[str, Tensor]:
     """A rank's part of each parameter, on the meta device."""
     from moptrace import roles
@@ -187,6 +220,7 @@ WHAT: dict[str, Callable[[nn.Module, dict[str, Tensor], int], Parts[Any]]] = {
     "capture": capture,
     "pipeline": pipeline,
     "step": step,
+    "stage": stage,
 }
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -303,6 +304,44 @@ def test_the_norm_has_every_stage_s_part() -> None:
     shares = [n for n in flat.nodes if n.target is share and n.meta["val"].dim() == 0]
     assert {n.args[1] for n in shares} == {0, 1, 2}
     assert all(stage[n] is None for n in shares)
+
+
+class WithDropout(nn.Module):
+    """Layers that drop hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 4)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Dropout(0.3), nn.Linear(8, 4))
+            for _ in range(2)
+        )
+        self.head = nn.Linear(4, 16)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_stages_draw_what_one_would() -> None:
+    model = WithDropout().double()
+    traced = canonical()(trace(model, batch_of(0)))
+    fed = [batch_of(1), batch_of(1)]  # the same tokens: micro-batches draw apart
+
+    def losses(plan: Plan, seed: int) -> list[float]:
+        count = 2 * plan.pp
+        steps = SimulatedSteps(
+            sharded(plan.resolve(count, []), count)(traced),
+            whole_state(model),
+            all_of(ADAMW),
+            accumulate=2,
+            seed=seed,
+        )
+        return [float(steps.step(*fed)[0]) for _ in range(2)]
+
+    assert losses(Plan(), 5) == losses(Plan(pp=2), 5) != losses(Plan(pp=2), 6)
 
 
 # --- real ranks -----------------------------------------------------------------------------------
