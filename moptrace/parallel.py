@@ -81,6 +81,7 @@ class ParallelModule(nn.Module):
         self._argument_names = _argument_names(model)
         self._loss_fn = loss_fn
         self._programs: dict[Any, Program] = {}
+        self._of_stages: dict[tuple[Program, bool], Program] = {}  # with a backward, or without
         self._runs: dict[Program, fx.GraphModule] = {}
         self.mesh = mesh
         self.train(model.training)
@@ -226,7 +227,10 @@ class ParallelModule(nn.Module):
         names = [output.gradient for output in program.signature.outputs]
         held = [p.fqn for p in program.signature.parameters]
         place = [names.index(name) if name in names else None for name in held]
-        loss = _Pipelined.apply(run, place, *(self.get_parameter(name) for name in held))
+        parameters = [self.get_parameter(name) for name in held]
+        # A stage whose parameters are all frozen has a loss to call backward on, as the others do.
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        loss = _Pipelined.apply(run, place, anchor, *parameters)
         self._program = local
         outputs: list[Any] = [None] * len(local.signature.outputs)
         outputs[local.signature.loss] = loss
@@ -235,14 +239,14 @@ class ParallelModule(nn.Module):
     def _of_stage(self, local: Program, backward: bool) -> Program:
         """What this rank's stage runs of all micro-batches, with gradients or without."""
         key = (local, backward)
-        if key not in self._programs:
+        if key not in self._of_stages:
             trained = None if backward else ()
             divided = differentiate(
                 trained, self.plan.divisions, rank=self.rank, device=self._device
             )
             steps = chain(divided, recompute(), pipeline(), take_stage(self.stage))
-            self._programs[key] = steps(local)
-        return self._programs[key]
+            self._of_stages[key] = steps(local)
+        return self._of_stages[key]
 
     def flush(self) -> None:
         """Run the updates that a training step left for its next call; nothing if there are none.
@@ -533,6 +537,7 @@ class _Pipelined(torch.autograd.Function):
         ctx: Any,
         run: Callable[[Sequence[Tensor]], Sequence[Tensor]],
         place: Sequence[int | None],
+        anchor: Tensor,
         *parameters: DTensor,
     ) -> Tensor:
         outputs = run([p._local_tensor for p in parameters])
@@ -544,14 +549,10 @@ class _Pipelined(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (scale,) = gradients
         pairs = zip(ctx.place, ctx.specs, strict=True)
-        return (
-            None,
-            None,
-            *(
-                None if at is None else _sharded(ctx.outputs[at] * scale, *spec)
-                for at, spec in pairs
-            ),
+        scaled = (
+            None if at is None else _sharded(ctx.outputs[at] * scale, *spec) for at, spec in pairs
         )
+        return None, None, None, *scaled
 
 
 def _sharded(part: Tensor, mesh: DeviceMesh, placements: Any, shape: Any, stride: Any) -> DTensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from moptrace.collectives import start
 from moptrace.core import Output, Pass, Program, chain, erase_dead
 from moptrace.costs import Machine
 from moptrace.errors import StepError
+from moptrace.explain import Explanation
 from moptrace.kernels.host_memory import finish_copies
 from moptrace.liveness import Peak, overwritable, peak_memory, write_backs
 from moptrace.parallel import ParallelModule, part_of_batch
@@ -42,7 +44,7 @@ from moptrace.placement import Placement, Shard
 from moptrace.timeline import Timeline, measure, predict, write
 from moptrace.updates import Updates, makes_state
 
-__all__ = ["Stepper", "TrainStep", "several", "train_step"]
+__all__ = ["StepExplanation", "Stepper", "TrainStep", "several", "train_step"]
 
 ops = torch.ops.moptrace
 
@@ -108,13 +110,13 @@ def train_step(
     Raises StepError for parameters that are not the model's, that the loss does not depend on, for
     optimizers that cannot be recorded, and for a number of bytes within which no choice is.
     """
+    policy = _policy(activations, schedule)
     if isinstance(activations, int) and model.plan.pp > 1:
         raise StepError(
             f"activations={activations!r} is a bound on the memory of a step whose forward comes "
             "before its backward, and the stages of Plan(pp=) take turns with both; say "
             "'checkpoint' or 'offload', or a pass"
         )
-    policy = _policy(activations, schedule)
     passes = [*([schedule] if schedule else []), *([compile_regions()] if compile else [])]
     scheduled = chain(*passes) if passes else None
     return TrainStep(model, optimizer, max_norm, accumulate, scheduled, updates, state, policy)
@@ -139,6 +141,18 @@ def _chosen(name: str, choice: Any, known: Mapping[str, Pass | None]) -> Pass | 
     if choice not in known:
         raise StepError(f"{name}={choice!r} is none of {', '.join(map(repr, known))}")
     return known[choice]
+
+
+@dataclass(frozen=True)
+class StepExplanation:
+    """The table of ``model.explain()``, the step's ``timeline()`` and its ``peak_memory()``."""
+
+    model: Explanation
+    timeline: Timeline
+    peak: Peak
+
+    def __str__(self) -> str:
+        return f"{self.model}\n\n{self.timeline}\n\npeak on this rank: {self.peak}"
 
 
 class TrainStep:
@@ -218,6 +232,13 @@ class TrainStep:
         loss = self._step(self._parts([batch], self.accumulate), run)
         write(path, {"measured": measured[0], "predicted": self.timeline()})
         return loss
+
+    def explain(self, machine: Machine | None = None) -> StepExplanation:
+        """What the step that ran last does: component by component, when, and in how much memory.
+
+        ``machine`` is the one that ``timeline`` assumes.
+        """
+        return StepExplanation(self.model.explain(), self.timeline(machine), self.peak_memory())
 
     def peak_memory(self) -> Peak:
         """The most bytes that the step's values take on this rank, and the tensors alive then."""

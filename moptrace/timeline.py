@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -78,8 +79,26 @@ class Timeline:
         """How long collectives travel, all axes together."""
         return sum(x.seconds for x in self.spans if x.lane not in (OPERATORS, WAITING))
 
+    def beside(self, kind: str) -> dict[str, float]:
+        """The seconds for which each component's operators run while this kind travels, most first.
+
+        An operator that hides two collectives at once counts for both.
+        """
+        work = [span for span in self.spans if span.lane == OPERATORS]
+        begins = [span.begin for span in work]
+        found: dict[str, float] = defaultdict(float)
+        for travel in self.spans:
+            if travel.kind != kind or travel.lane in (OPERATORS, WAITING):
+                continue
+            first = max(bisect_right(begins, travel.begin) - 1, 0)
+            for span in work[first : bisect_left(begins, travel.end)]:
+                both = min(span.end, travel.end) - max(span.begin, travel.begin)
+                found[span.kind] += max(both, 0.0)
+        return dict(sorted((pair for pair in found.items() if pair[1]), key=lambda x: -x[1]))
+
     def __str__(self) -> str:
-        """The time of every component and collective, and how much of it the step waits for."""
+        """The time of every component and collective, how much of it the step waits for, and what
+        runs meanwhile."""
         table = Table(
             box=box.SIMPLE_HEAD,
             pad_edge=False,
@@ -89,6 +108,7 @@ class Timeline:
         table.add_column("ms")
         for column in ("forward", "backward", "exposed"):
             table.add_column(column, justify="right")
+        table.add_column("beside")
         work = [span for span in self.spans if span.lane == OPERATORS]
         travels = [span for span in self.spans if span.lane not in (OPERATORS, WAITING)]
         waits = _sums(span for span in self.spans if span.lane == WAITING)
@@ -98,7 +118,9 @@ class Timeline:
                 _sums(x for x in spans if x.backward),
             )
             for kind in sorted({x.kind for x in spans}, key=lambda k: -(before[k] + after[k])):
-                table.add_row(kind, *(_shown(found[kind]) for found in (before, after, waits)))
+                times = (_shown(found[kind]) for found in (before, after, waits))
+                hidden = list(self.beside(kind))[:3] if spans is travels else []
+                table.add_row(kind, *times, ", ".join(hidden))
             table.add_section()
         return printed(table)
 

@@ -167,7 +167,7 @@ def on_rank(place: str) -> None:
     assert_same_weights(model.full_state_dict(), whole_state(eager.model))
 
 
-@pytest.mark.parametrize("state", ["device", "host"])
+@pytest.mark.parametrize("state", sweep(["device", "host"], quick=["host"]))
 def test_whoever_looks_sees_finished_updates(state: str, ranks: Pools) -> None:
     ranks(2)(on_rank, state)
 

@@ -203,7 +203,7 @@ CASES: dict[str, tuple[ModelSpec, int, Plan, dict[str, Any]]] = {
     "updates in backward": (SPEC, 2, Plan(pp=2), {"updates": "backward", "max_norm": None}),
     "a buffer that is read": (BUFFERED, 2, Plan(pp=2), {"schedule": overlapped()}),
 }
-QUICK = ("two stages", "uneven shards", "activations on the host")
+QUICK = ("uneven shards", "activations on the host")
 
 
 @pytest.mark.parametrize("name", sweep(CASES, QUICK))

@@ -400,6 +400,8 @@ ELSEWHERE: dict[Any, str] = {
     ops.expert_rows: "takes routed rows",
     ops.combine: "takes routed rows",
     cast_whole: "stands in placed programs alone: see test_mixed_precision.py",
+    ops.hop: "goes from one pipeline stage to another: see test_pipeline.py",
+    ops.fused_adam: "of an optimizer: see test_train_step.py",
     aten.empty: "its values are anything",
     aten.empty_like: "its values are anything",
     aten.new_empty: "its values are anything",

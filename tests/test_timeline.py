@@ -20,7 +20,7 @@ from moptrace.core import Pass
 from moptrace.costs import Machine
 from moptrace.passes.default import overlapped
 from moptrace.passes.stream_state import stream_state
-from moptrace.timeline import OPERATORS, WAITING, Timeline, predict, write
+from moptrace.timeline import OPERATORS, WAITING, Span, Timeline, predict, write
 from test_defer_updates import program_of
 from test_overlap import ONE, batch_of, steps
 
@@ -97,6 +97,22 @@ def test_it_prints_what_takes_how_long() -> None:
         assert f"\n {kind} " in text
 
 
+def test_it_says_what_runs_beside_what_travels() -> None:
+    spans = [
+        Span("a", "experts", OPERATORS, 0.0, 2.0),
+        Span("x", "send_rows ep", "ep", 1.0, 4.0),
+        Span("b", "attention", OPERATORS, 2.0, 3.5),
+        Span("x", "send_rows ep", WAITING, 3.5, 4.0),
+        Span("c", "norm", OPERATORS, 4.0, 5.0),
+    ]
+    timeline = Timeline(tuple(spans))
+    assert timeline.beside("send_rows ep") == {"attention": 1.5, "experts": 1.0}
+    assert "attention, experts" in str(timeline)
+    plain, moved = predict(step(None), MACHINE), predict(step(OVERLAPPED), MACHINE)
+    assert not plain.beside("send_rows ep")
+    assert sum(moved.beside("send_rows ep").values()) > 0
+
+
 def test_perfetto_reads_every_lane(tmp_path: Path) -> None:
     timeline = predict(step(OVERLAPPED), MACHINE)
     write(tmp_path / "step.json", {"predicted": timeline})
@@ -126,7 +142,9 @@ def on_rank(folder: str) -> None:
     waits = [node for node in run.program.nodes if node.target is wait]
     assert {node.name for node in waits} <= {e["name"] for e in measured}
     assert measured and predicted and all(e["dur"] >= 0 for e in events if e["ph"] == "X")
-    assert run.timeline().seconds > 0
+    shown = str(run.explain())
+    for part in (run.model.explain(), run.timeline(), run.peak_memory()):
+        assert str(part) in shown
 
 
 def test_a_step_is_measured_while_it_runs(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:

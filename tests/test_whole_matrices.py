@@ -484,5 +484,6 @@ def on_rank_with_factors() -> None:
             assert held["row_var"].shape == (*parameter.shape[:-1], 1)
 
 
+@pytest.mark.slow
 def test_real_ranks_keep_state_of_another_shape(ranks: Pools) -> None:
     ranks(2)(on_rank_with_factors)
