@@ -31,7 +31,7 @@ from moptrace.collectives import COLLECTIVES
 from moptrace.errors import CheckError
 from moptrace.kernels import routing
 from moptrace.passes.default import canonical, sharded
-from moptrace.placement import REPLICATE, Shard
+from moptrace.placement import Shard
 from moptrace.rules import rule_for
 from moptrace.testing import (
     ModelSpec,
@@ -321,7 +321,7 @@ def call(after: fx.Node, op: Any, *args: Any) -> fx.Node:
 
 
 def converted(x: fx.Node, name: str, axis: str, it: Setting) -> fx.Node:
-    """A rank's tokens after a collective along an axis that has several ranks' or one's."""
+    """Tokens, in dimension 0, that a collective gathers or splits along an axis."""
     layout, row = it.local.layout, COLLECTIVES[name]
     placement = roles.placement(x)
     assert layout is not None and placement is not None and row.target is not None
@@ -688,17 +688,15 @@ def sum_over_the_group_of_tokens(graph: fx.Graph, it: Setting) -> None:
 
 
 def bias_before_the_sum(graph: fx.Graph, it: Setting) -> None:
-    """Each rank of ``etp`` adds the second bias to its terms."""
-    (scatter,) = found(graph, ops.reduce_scatter_rows)
+    """Each rank of ``etp`` adds the second bias to its terms of all their rows."""
+    (scatter,), (rows,) = found(graph, ops.reduce_scatter_rows), found(graph, ops.all_gather_rows)
     (added,) = [user for user in scatter.users if user.target is aten.add.Tensor]
     product, bias = scatter.args[0], added.args[1]
     assert isinstance(product, fx.Node) and isinstance(bias, fx.Node)
-    terms = call(bias, ops.expert_rows, bias.args[0], product.args[2], product)
-    placement = roles.placement(product)
-    assert placement is not None
-    roles.set_role(terms, placements=(placement.with_kind("etp", REPLICATE),))
+    terms = call(bias, ops.expert_rows, bias.args[0], product.args[2], rows)
+    roles.set_role(terms, placements=roles.placements(rows))
     total = call(terms, aten.add.Tensor, product, terms)
-    roles.set_role(total, placements=(placement,))
+    roles.set_role(total, placements=roles.placements(product))
     added.replace_all_uses_with(call(total, ops.reduce_scatter_rows, total, *scatter.args[1:]))
     graph.erase_node(added)
 
