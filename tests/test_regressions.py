@@ -27,12 +27,15 @@ from torch import Tensor, fx, nn
 from gloo import Ranks
 from moptrace import Plan, Program, collectives, rings, roles, trace
 from moptrace.check import check
+from moptrace.collectives import COLLECTIVES
 from moptrace.errors import CheckError
 from moptrace.kernels import routing
 from moptrace.passes.default import canonical, sharded
+from moptrace.placement import Shard
 from moptrace.rules import rule_for
 from moptrace.testing import (
     ModelSpec,
+    SimulatedSteps,
     Step,
     assert_same_step,
     assert_same_training,
@@ -96,6 +99,20 @@ class Counting(Words):
         return super().forward(input_ids, labels)
 
 
+class Sequences(Words):
+    """A router with an auxiliary loss that balances each sequence, the mean of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 4, bias=False, dtype=torch.float64)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        probabilities = self.gate(self.embedding(input_ids)).softmax(-1)
+        share = F.one_hot(probabilities.argmax(-1), 4).to(probabilities).mean(1)
+        penalty = (4 * share * probabilities.mean(1)).sum(-1).mean()
+        return super().forward(input_ids, labels) + 0.1 * penalty
+
+
 def frozen() -> nn.Module:
     """The router, the embedding and one matrix of the experts are not trained."""
     model = MOE.build()
@@ -111,12 +128,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "few experts": replace(MOE, experts=4).build,
     "ten experts": ModelSpec(style="loop_mask", experts=10, hidden=2, k=1).build,
     "twelve experts": ModelSpec(style="loop_mask", experts=12, hidden=2, k=1).build,
+    "latent attention": replace(MOE, attention="latent").build,
     "frozen": frozen,
     "words": Words,
     "tied words": partial(Words, tied=True),
     "smoothed words": partial(Words, smoothing=0.1),
     "words further ahead": partial(Words, ahead=1),
     "counted words": Counting,
+    "balanced sequences": Sequences,
 }
 
 
@@ -301,6 +320,19 @@ def call(after: fx.Node, op: Any, *args: Any) -> fx.Node:
     return new
 
 
+def converted(x: fx.Node, name: str, axis: str, it: Setting) -> fx.Node:
+    """Tokens, in dimension 0, that a collective gathers or splits along an axis."""
+    layout, row = it.local.layout, COLLECTIVES[name]
+    placement = roles.placement(x)
+    assert layout is not None and placement is not None and row.target is not None
+    new = call(x, row.op, x, axis, 0, roles.tensor(x).shape[0] * layout.size(axis))
+    said = layout.said_along(placement, axis)
+    assert said is not None
+    kind = Shard(0) if row.target is Shard else row.target()
+    roles.set_role(new, placements=(said.with_kind(axis, kind),))
+    return new
+
+
 def scale_gradient(node: fx.Node, factor: float) -> None:
     """The same value, with a gradient that many times as large."""
     users = list(node.users)
@@ -345,6 +377,9 @@ OVER_ALL = Setting("moe", 4, Plan(ep=4))
 RING = Setting("moe", 4, Plan(ep=2, cp=2, context="ring", logits_bytes=0))
 ULYSSES = Setting("moe", 4, Plan(ep=2, cp=2, context="ulysses"))
 GATHER = Setting("moe", 4, Plan(ep=2, cp=2, context="gather"))
+TENSOR = Setting("moe", 4, Plan(ep=2, tp=2))
+LATENT = Setting("latent attention", 2, Plan(ep=1, tp=2))
+HIDDEN_UNITS = Setting("moe", 4, Plan(ep=2, etp=2))
 FUSED = Plan(ep=1, logits_bytes=0)
 TWO_WAYS = Plan(ep=1, cp=2, logits_bytes=0)
 
@@ -527,6 +562,11 @@ def counts_of_each_rank(graph: fx.Graph, it: Setting) -> None:
     remove(updates(graph, "words"))
 
 
+def counts_of_each_rank_of_tp(graph: fx.Graph, it: Setting) -> None:
+    """Counts are reduced over ``dp`` alone."""
+    updates(graph, "words").update_arg(1, "dp")
+
+
 def counts_reduced_in_place_and_again(graph: fx.Graph, it: Setting) -> None:
     put(updates(graph, "words"), ops.all_reduce_invariant, it.home)
 
@@ -561,6 +601,104 @@ def balance_of_each_rank(graph: fx.Graph, it: Setting) -> None:
     (product,) = reduced.users
     product.args = (first.args[0], second.args[0])
     put(put(product, ops.all_reduce_invariant, it.home), aten.div.Tensor, it.ranks)
+
+
+def sequences_as_one(graph: fx.Graph, it: Setting) -> None:
+    """The tokens of all of a rank's sequences count as those of one."""
+    for node in [n for n in found(graph, aten.mean.dim) if n.args[1] == [1]]:
+        node.replace_all_uses_with(call(node, aten.mean.dim, node.args[0], [0, 1], True))
+        graph.erase_node(node)
+
+
+def balance(graph: fx.Graph) -> fx.Node:
+    """The auxiliary loss with its coefficient."""
+    (node,) = [n for n in found(graph, aten.mul.Tensor) if n.args[1] == MOE.balance]
+    return node
+
+
+def balance_by_own_tokens(graph: fx.Graph, it: Setting) -> None:
+    """The gradient of the auxiliary loss is scaled by the tokens of one rank of ``tp``."""
+    scale_gradient(balance(graph), 1 / it.plan.tp)
+
+
+def tokens_called_whole(graph: fx.Graph, it: Setting) -> None:
+    """Of tokens that ranks of ``etp`` gathered, the gradient of own hidden units is all."""
+    (dispatch,), (combine,) = found(graph, ops.dispatch), found(graph, ops.combine)
+    for node in (dispatch.args[0], combine.args[2]):
+        assert isinstance(node, fx.Node) and node.target is ops.all_gather.default
+        node.target = ops.all_gather_invariant.default
+
+
+def own_rows(parts: list[Tensor], sizes: tuple[int, ...], tables: list[Tensor]) -> list[Tensor]:
+    """What a rank has of its own rows, where the terms of all ranks should be added up."""
+    apart = [routing.ungroup_rows(part, tables[0]) for part in parts]
+    return [x.split(tables[0].sum(1).tolist())[at] for at, x in enumerate(apart)]
+
+
+def rows_called_whole(patch: pytest.MonkeyPatch) -> None:
+    """The same of rows."""
+    gather, scatter = COLLECTIVES["all_gather_rows"], COLLECTIVES["reduce_scatter_rows"]
+    patch.setitem(COLLECTIVES, "own_rows", replace(scatter, name="own_rows", meaning=own_rows))
+    patch.setitem(collectives._BY_OP, gather.op, replace(gather, transpose="own_rows"))
+
+
+def shared_key_called_whole(graph: fx.Graph, it: Setting) -> None:
+    """The gradient that a rank's heads give the key that all heads share is all of it."""
+    gathers = found(graph, ops.all_gather)
+    (node,) = [n for n in gathers if any(u.target is aten.expand.default for u in n.users)]
+    node.target = ops.all_gather_invariant.default
+
+
+def experts_of_the_same_tokens(graph: fx.Graph, it: Setting) -> None:
+    """All ranks of ``tp`` have the same tokens, and each sends all of them to their experts."""
+    (dispatch,), (combine,) = found(graph, ops.dispatch), found(graph, ops.combine)
+    users = list(combine.users)
+    for node, at in ((dispatch, 0), (dispatch, 1), (combine, 2)):
+        own = node.args[at]
+        assert isinstance(own, fx.Node)
+        node.update_arg(at, converted(own, "all_gather_invariant", "tp", it))
+    own = converted(combine, "take_shard", "tp", it)
+    for user in users:
+        user.replace_input_with(combine, own)
+
+
+def router_of_the_same_tokens(graph: fx.Graph, it: Setting) -> None:
+    """All ranks of ``tp`` route the same tokens, and the router's gradients are added up."""
+    (weight,) = found(graph, ops.all_gather, ROUTER)
+    (linear,) = weight.users
+    users, own = list(linear.users), linear.args[0]
+    assert isinstance(own, fx.Node)
+    linear.update_arg(0, converted(own, "all_gather_invariant", "tp", it))
+    routed = converted(linear, "take_shard", "tp", it)
+    for user in users:
+        user.replace_input_with(linear, routed)
+
+
+def scattered_on_the_wrong_axis(graph: fx.Graph, it: Setting) -> None:
+    """Sums are scattered along the hidden dimension, and a view takes that for tokens."""
+    node = found(graph, ops.reduce_scatter, axis="tp")[0]
+    shape = list(roles.tensor(node).shape)
+    node.args = (node.args[0], "tp", 2, shape[2])
+    put(node, aten.reshape, shape)
+
+
+def sum_over_the_group_of_tokens(graph: fx.Graph, it: Setting) -> None:
+    for node in found(graph, ops.vary, EXPERTS, "edp"):
+        node.update_arg(1, "dp")
+
+
+def bias_before_the_sum(graph: fx.Graph, it: Setting) -> None:
+    """Each rank of ``etp`` adds the second bias to its terms of all their rows."""
+    (scatter,), (rows,) = found(graph, ops.reduce_scatter_rows), found(graph, ops.all_gather_rows)
+    (added,) = [user for user in scatter.users if user.target is aten.add.Tensor]
+    product, bias = scatter.args[0], added.args[1]
+    assert isinstance(product, fx.Node) and isinstance(bias, fx.Node)
+    terms = call(bias, ops.expert_rows, bias.args[0], product.args[2], rows)
+    roles.set_role(terms, placements=roles.placements(rows))
+    total = call(terms, aten.add.Tensor, product, terms)
+    roles.set_role(total, placements=roles.placements(product))
+    added.replace_all_uses_with(call(total, ops.reduce_scatter_rows, total, *scatter.args[1:]))
+    graph.erase_node(added)
 
 
 def tied_twice(graph: fx.Graph, it: Setting) -> None:
@@ -672,10 +810,49 @@ CASES = (
         "the buffer words differs", refused=True,
     ),
     Case(
+        "titan#4154, tensor parallel", Setting("counted words", 4, Plan(ep=1, tp=2)),
+        changing(counts_of_each_rank_of_tp), "the buffer words differs", refused=True,
+    ),
+    Case(
         "Megatron#7452-10", Setting("counted words", 4, Plan(ep=1)),
         changing(counts_reduced_in_place_and_again), "buffer words:", silent=True, refused=True,
         times=4,
     ),
+    Case(
+        "Megatron#5696", Setting("balanced sequences", 4, Plan(ep=1)), changing(sequences_as_one),
+        "loss:", refused=True,
+        hidden_in=Setting("balanced sequences", 4, Plan(ep=1), size=4),
+    ),
+    Case(
+        "Megatron#5047", TENSOR, changing(balance_by_own_tokens), OF_ROUTER, silent=True,
+        hidden_in=IN_GROUPS,
+    ),
+    Case(
+        "titan#4054", Setting("moe", 2, Plan(ep=1, etp=2, dispatcher="all-gather")),
+        changing(tokens_called_whole), OF_ROUTER, silent=True, refused=True,
+    ),
+    Case("titan#1878", HIDDEN_UNITS, patching(rows_called_whole), OF_ATTENTION, silent=True),
+    Case(
+        "titan#1373", LATENT, changing(shared_key_called_whole),
+        r"gradient of layers\.0\.attention\.shared\.", silent=True, refused=True,
+    ),
+    Case(
+        "Automodel#2995, tokens", TENSOR, changing(experts_of_the_same_tokens), OF_EXPERTS,
+        silent=True, refused=True, times=2,
+    ),
+    Case(
+        "DeepSpeed#8064", TENSOR, changing(router_of_the_same_tokens), OF_ROUTER, silent=True,
+        refused=True, times=2,
+    ),
+    Case(
+        "DeepSpeed#8195", TENSOR, changing(scattered_on_the_wrong_axis), "loss:", refused=True,
+    ),
+    Case(
+        "Megatron!2564", Setting("few experts", 4, Plan(ep=1, etp=2, edp="replicate")),
+        changing(sum_over_the_group_of_tokens), OF_EXPERTS, silent=True, refused=True,
+        hidden_in=Setting("few experts", 4, Plan(ep=1, etp=2, tp=2, edp="replicate")),
+    ),
+    Case("titan#4245", HIDDEN_UNITS, changing(bias_before_the_sum), "loss:", refused=True),
     Case(
         "titan#3174", Setting("tied words", 4, FUSED), changing(tied_twice),
         r"gradient of (embedding|heads\.0)\.weight:", silent=True, times=2,
@@ -810,6 +987,66 @@ def with_the_first_row(
     position = order.new_zeros(tokens * choices + 1).scatter(0, order, torch.arange(len(order)))
     for j in range(choices):
         yield rows[position[:-1].view(tokens, choices)[:, j]]
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+LEARNING_RATE = 1.0  # so that a step subtracts the raw gradients
+
+
+def steps(it: Setting, program: Program, accumulate: int = 1) -> SimulatedSteps:
+    """Training steps that report the norm, and clip nothing."""
+    whole = whole_state(it.traced[0])
+    return SimulatedSteps(
+        program,
+        whole,
+        lambda named: torch.optim.SGD([*named.values()], LEARNING_RATE),
+        max_norm=math.inf,
+        accumulate=accumulate,
+    )
+
+
+def test_automodel_3359_the_auxiliary_loss_of_micro_batches() -> None:
+    """It is averaged over them; added up, its gradient is too large, and the loss is right."""
+    it = Setting("few experts", 2, Plan(ep=2))
+    sgd = partial(torch.optim.SGD, lr=LEARNING_RATE)
+    _, want = eager_training(it.traced[0], [it.batch], sgd)
+
+    def after_one(program: Program, micro_batches: int) -> dict[str, Tensor]:
+        made = steps(it, program, micro_batches)
+        loss, _ = made.step(*[it.batch] * micro_batches)
+        torch.testing.assert_close(loss, right(it).loss, rtol=1e-12, atol=0)
+        return made.weights()
+
+    def added_up(micro_batches: int) -> Program:
+        return edited(it.local, lambda graph: scale_gradient(balance(graph), micro_batches))
+
+    assert_same_weights(after_one(it.local, 2), want)
+    assert_same_weights(after_one(added_up(1), 1), want)
+    with pytest.raises(AssertionError, match=r"router\.gate\.weight"):
+        assert_same_weights(after_one(added_up(2), 2), want)
+
+
+def test_megatron_7530_the_norm_has_the_sinks_of_all_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each rank of ``tp`` has those of its own heads; with the first rank's alone it is less."""
+    it = LATENT
+    want = nn.utils.get_total_norm(list(right(it).gradients.values()))
+    _, norm = steps(it, it.local).step(it.batch)
+    torch.testing.assert_close(norm, want, rtol=1e-12, atol=0)
+
+    clipping = importlib.import_module("moptrace.passes.clip_gradients")
+    whole = clipping._norm
+    at = [p.fqn.endswith("sinks") for p in it.local.signature.parameters].index(True)
+
+    def of_the_first(gradients: list[Tensor], *how: Any) -> Tensor:
+        first = COLLECTIVES["count_once"].op(gradients[at], "tp")
+        return whole([*gradients[:at], first, *gradients[at + 1 :]], *how)
+
+    monkeypatch.setattr(clipping, "_norm", of_the_first)
+    _, less = steps(it, it.local).step(it.batch)
+    assert less is not None and less < want * (1 - 1e-6)
 
 
 # --- labels ---------------------------------------------------------------------------------------
