@@ -1,7 +1,7 @@
 """Time and peak memory to trace and shard very large models, and to make training steps of them.
 
     python benchmarks/trace_time.py
-    python benchmarks/trace_time.py --models qwen3-235b --world-size 96
+    python benchmarks/trace_time.py --models qwen3-235b --what capture step --world-size 96
 
 All layers of the Hugging Face models, parameters on the meta device, bfloat16, 4,096 tokens per
 rank. "pipeline" goes down to the program that a rank runs forward, and "step" on to the graph that
@@ -325,8 +325,9 @@ def table(measurements: list[Measurement], ranks: int) -> Table:
     return result
 
 
-def write_results(text: Table, failures: list[str]) -> Path:
-    path = Path(__file__).parent / "results" / f"trace_time-{date.today()}.md"
+def write_results(text: Table, failures: list[str], what: list[str]) -> Path:
+    part = "" if what == list(WHAT) else f"-{'-'.join(what)}"
+    path = Path(__file__).parent / "results" / f"trace_time-{date.today()}{part}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         "\n".join(
@@ -349,6 +350,7 @@ def write_results(text: Table, failures: list[str]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
     parser.add_argument("--world-size", type=int, default=96)
     parser.add_argument("--no-gate", action="store_true", help="only report")
     parser.add_argument("--worker", choices=WHAT, help=argparse.SUPPRESS)
@@ -361,14 +363,14 @@ def main() -> None:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for name in given.models:
-            for what in WHAT:
+            for what in given.what:
                 task = progress.add_task(f"{name}: {what}", total=1)
                 measurements.append(measure(name, what, given.world_size))
                 progress.update(task, completed=1)
     result = table(measurements, given.world_size)
     failures = [failure for m in measurements for failure in m.failures()]
     console.print(result)
-    console.print(f"written to {write_results(result, failures)}")
+    console.print(f"written to {write_results(result, failures, given.what)}")
     for failure in failures:
         console.print(f"[red]{failure}", highlight=False)
     if failures and not given.no_gate:

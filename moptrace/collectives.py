@@ -138,7 +138,10 @@ class Communicator:
         return cls._active[-1]
 
     def keep(self, work: Any, sent: Tensor) -> None:
-        """Hold what is on its way to one rank until it has left."""
+        """Hold what is on its way to one rank until it has left.
+
+        Gloo does not tell before ``settle``, so there all that a step sends is held until its end.
+        """
         self._sent = [(w, x) for w, x in self._sent if not w.is_completed()]
         self._sent.append((work, sent))
 
