@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Plan, int, ModelSpec]] = {
 }
 
 
-QUICK = ("micro-batches", "regions computed again", "a ring", "shards of other sizes")
+QUICK = ("micro-batches", "a ring", "shards of other sizes")
 
 
 @pytest.mark.parametrize("name", sweep(CASES, QUICK))
