@@ -115,9 +115,9 @@ class Task:
 def in_order(stages: int, micro_batches: int) -> list[Task]:
     """All tasks as they begin, one forward and one backward in turn (1F1B).
 
-    A stage does a backward as soon as it can, else a forward; of the first stage at most as many
-    micro-batches are between the two as there are stages, of the last one. A backward is taken to
-    last as long as two forwards (Narayanan et al., Efficient large-scale language model training,
+    A stage does a backward as soon as it can, else a forward. On stage s of P at most P - s
+    micro-batches are between the two, for which something is kept. A backward is taken to last as
+    long as two forwards (Narayanan et al., Efficient large-scale language model training,
     2021, section 2.2.1).
 
     >>> order = in_order(2, 3)

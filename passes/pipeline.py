@@ -44,7 +44,7 @@ def pipeline() -> Pass:
 
 def _shared(program: Program) -> Program:
     """The program with everyone's copies of what all ranks return; a weight hops once."""
-    graph, mapping = program.copy_graph()
+    graph, _ = program.copy_graph()
     known: dict[Any, fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=hop):
         first = known.setdefault(node.args, node)
@@ -53,16 +53,17 @@ def _shared(program: Program) -> Program:
             graph.erase_node(node)
     stage = stages_of(program)
     end = graph.output_node()
-    results: list[fx.Node] = []
-    for output, node in zip(program.signature.outputs, program.outputs, strict=True):
-        result, owner = mapping[node], stage[node]
+    results: list[Any] = list(end.args[0])  # type: ignore[arg-type]
+    for at, (output, node) in enumerate(
+        zip(program.signature.outputs, program.outputs, strict=True)
+    ):
+        result, owner = results[at], stage[node]
         if output.gradient is None and owner is not None:
             with graph.inserting_before(end):
                 made = graph.call_function(share, (result, owner))
             roles.set_value(made, roles.value(result))
             roles.copy_role(made, of=result, micro_batch=None)
-            result = made
-        results.append(result)
+            results[at] = made
     end.args = (tuple(results),)
     return program.with_graph(graph)
 

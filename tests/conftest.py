@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, settings
 import moptrace
 from _report import examples, record_examples, remarks
 from gloo import Ranks
+from meter import Meter
 
 torch.set_num_threads(1)
 
@@ -114,3 +115,12 @@ def pytest_terminal_summary(
         )
     for line in remarks:
         terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
+    """What the simulator's collectives and rings are given is counted."""
+    counting = Meter(moptrace.simulate._mean)
+    monkeypatch.setattr(moptrace.simulate, "_mean", counting)
+    monkeypatch.setattr(moptrace.simulate, "drive_together", counting.together)
+    return counting

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-import moptrace.simulate
 from double import InFloat64
 from meter import ROWS, Meter
 from moptrace import roles, state
@@ -159,14 +158,6 @@ def test_uneven_shards_count_as_they_are_stored_and_as_they_are_padded() -> None
 
 
 # --- what moves -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(name="meter")
-def meter_fixture(monkeypatch: pytest.MonkeyPatch) -> Meter:
-    meter = Meter(moptrace.simulate._mean)
-    monkeypatch.setattr(moptrace.simulate, "_mean", meter)
-    monkeypatch.setattr(moptrace.simulate, "drive_together", meter.together)
-    return meter
 
 
 @every_layout

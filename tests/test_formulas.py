@@ -96,14 +96,6 @@ def estimated(name: str, world: int, plan: Plan) -> Estimate:
 # --- what moves -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(name="meter")
-def meter_fixture(monkeypatch: pytest.MonkeyPatch) -> Meter:
-    meter = Meter(moptrace.simulate._mean)
-    monkeypatch.setattr(moptrace.simulate, "_mean", meter)
-    monkeypatch.setattr(moptrace.simulate, "drive_together", meter.together)
-    return meter
-
-
 @pytest.mark.parametrize(
     ("name", "world", "plan"), sweep(PLANS, quick=[p for p in PLANS if p not in RARE]), ids=str
 )
