@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TORCH := 2.11.0
+OLDEST_TRITON := 3.6.0
 OLDEST := .venv-oldest
 
 # Two workers keep two cores busy; each computes on one thread (tests/conftest.py). A file stays on
@@ -70,7 +71,8 @@ $(READY): pyproject.toml requirements-dev.txt
 # The registry's build of an older torch brings CUDA libraries of several GB on Linux.
 $(OLDEST)/.ready: pyproject.toml requirements-dev.txt
 	@mkdir -p build
-	sed 's/^torch==.*/torch==$(OLDEST_TORCH)/' requirements-dev.txt > build/requirements-oldest.txt
+	sed -e 's/^torch==.*/torch==$(OLDEST_TORCH)/' -e 's/^triton==[^;]*/triton==$(OLDEST_TRITON)/' \
+	  requirements-dev.txt > build/requirements-oldest.txt
 	$(call INSTALL,$(OLDEST),build/requirements-oldest.txt)
 
 # The package as type checkers must see it: they do not run an editable install's import hooks.

@@ -34,7 +34,8 @@ from torch.fx.node import map_arg
 from moptrace.core import ancestors
 from moptrace.kernels import onednn
 from moptrace.kernels.as_one import Operator, as_one
-from moptrace.kernels.grouped_mm import ONEDNN_WIDTH, ROW_MULTIPLE, spans, uses_onednn
+from moptrace.kernels.grouped_mm import ROW_MULTIPLE, spans
+from moptrace.kernels.selection import ONEDNN_WIDTH, choose
 
 __all__ = ["ExpertFunction", "ExpertOperator", "Operand", "expert_function"]
 
@@ -558,12 +559,12 @@ def _padded(x: Tensor, span: slice, missing: int, own: bool) -> Tensor:
 
 
 def _multiply(rows: Tensor, matrix: Tensor) -> Tensor:
-    fast = uses_onednn(rows, matrix.shape[1])
+    fast = choose("mm", rows, matrix) == "onednn"
     return onednn.multiply(rows, matrix) if fast else torch.mm(rows, matrix)
 
 
 def _multiply_to(rows: Tensor, matrix: Tensor, count: int, to: Tensor) -> None:
-    if uses_onednn(rows, matrix.shape[1]):
+    if choose("mm", rows, matrix) == "onednn":
         to.copy_(onednn.multiply(rows, matrix)[:count])
     else:
         torch.mm(rows[:count], matrix, out=to)
@@ -571,7 +572,7 @@ def _multiply_to(rows: Tensor, matrix: Tensor, count: int, to: Tensor) -> None:
 
 def _multiply_and_keep(rows: Tensor, matrix: Tensor, count: int, to: Tensor) -> Tensor:
     """The product, which is also written where it is kept."""
-    if len(rows) == count and not uses_onednn(rows, matrix.shape[1]):
+    if len(rows) == count and choose("mm", rows, matrix) == "torch":
         return torch.mm(rows, matrix, out=to)
     result = _multiply(rows, matrix)
     to.copy_(result[:count])
@@ -579,7 +580,7 @@ def _multiply_and_keep(rows: Tensor, matrix: Tensor, count: int, to: Tensor) -> 
 
 
 def _outer_to(a: Tensor, b: Tensor, count: int, to: Tensor) -> None:
-    if uses_onednn(a, b.shape[1]):
+    if choose("mm", a, b) == "onednn":
         a, b = (_without_tail(x, count) for x in (a, b))
         to.copy_(onednn.multiply(a.t(), b))
     else:

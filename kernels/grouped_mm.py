@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm as grouped_product
 
 from moptrace.kernels import onednn
+from moptrace.kernels.selection import choose
 
 __all__ = ["expert_rows", "group_sum", "grouped_mm", "grouped_outer"]
 
@@ -62,23 +63,6 @@ def group_sum(rows: Tensor, counts: Tensor) -> Tensor:
 
 # how a grouped product is computed
 
-# Where torch's own grouped product is both valid and the faster one. On a CPU it is a loop too, in
-# C++: at E=64, K=256, N=512 as fast as ours, and up to twice as fast where matrices are tiny.
-_NATIVE = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float16),
-    "cuda": (torch.bfloat16,),
-}
-
-
-ONEDNN_WIDTH = 64  # its calls cost more than smaller products
-
-
-def uses_onednn(x: Tensor, width: int) -> bool:
-    """Whether to multiply one expert's rows with oneDNN."""
-    on_cpu = x.device.type == "cpu" and x.dtype is torch.float32
-    return on_cpu and width >= ONEDNN_WIDTH and onednn.is_faster()
-
-
 # oneDNN compiles and keeps a kernel for every shape, so row counts are rounded up to few sizes.
 ROW_MULTIPLE = 16
 
@@ -101,29 +85,6 @@ def _padded(rows: Tensor) -> Tensor:
     """The rows with zeros after them, up to a round number, for a product that sums over them."""
     missing = -rows.shape[0] % ROW_MULTIPLE
     return torch.constant_pad_nd(rows, (0, 0, 0, missing)) if missing else rows
-
-
-def _is_native(a: Tensor, b: Tensor, width: int) -> bool:
-    """Whether torch's grouped product takes these operands and gives a contiguous result."""
-    return (
-        a.dtype in _NATIVE.get(a.device.type, ())
-        and a.dtype == b.dtype
-        and width * a.element_size() % 16 == 0
-        and _is_aligned(a)
-        and _is_aligned(b)
-    )
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Whether matrices are dense along one dimension and step by multiples of 16 bytes."""
-    *batch, row, column = x.stride()
-    rows, columns = x.shape[-2:]
-    by_row = column == 1 and row >= max(columns, 1)
-    by_column = row == 1 and column >= max(rows, 1)
-    steps = [*batch, row if by_row else column]
-    size = x.element_size()
-    dense = (by_row or by_column) and all(step * size % 16 == 0 for step in steps)
-    return dense and x.data_ptr() % 16 == 0
 
 
 def _offsets(counts: Tensor, total: int) -> Tensor:
@@ -161,14 +122,14 @@ def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if 0 in rows.stride():  # an expanded gradient
         rows = rows.contiguous()
     total, width = rows.shape[0], weight.shape[2]
-    loops = uses_onednn(rows, width)
-    if not loops and _is_native(rows, weight, width):
+    implementation = choose("grouped_mm", rows, weight)
+    if implementation == "torch":
         return grouped_product(rows, weight, offs=_offsets(counts, total))
     result = rows.new_empty(total, width)
     for span, matrix in zip(spans(counts, total), weight.unbind(), strict=True):
         if span.start == span.stop:
             continue
-        if loops:
+        if implementation == "onednn":
             wide = _widened(span, total)
             own = slice(span.start - wide.start, span.stop - wide.start)
             result[span] = onednn.multiply(rows[wide], matrix)[own]
@@ -223,14 +184,14 @@ torch.library.register_autograd(
 @torch.library.impl(_LIBRARY, "grouped_outer", "CompositeExplicitAutograd")
 def _(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     a, b = (x.contiguous() if 0 in x.stride() else x for x in (a, b))
-    loops = uses_onednn(a, b.shape[1])
-    if not loops and _is_native(a, b, b.shape[1]):
+    implementation = choose("grouped_outer", a, b)
+    if implementation == "torch":
         return grouped_product(a.t(), b, offs=_offsets(counts, a.shape[0]))
     result = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
     for span, out in zip(spans(counts, a.shape[0]), result.unbind(), strict=True):
         if span.start == span.stop:
             out.zero_()
-        elif loops:
+        elif implementation == "onednn":
             out.copy_(onednn.multiply(_padded(a[span]).t(), _padded(b[span])))
         else:
             torch.mm(a[span].t(), b[span], out=out)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moptrace.kernels import logit_blocks, triton_linear_cross_entropy
 from moptrace.kernels.logit_blocks import LogitGradient, Shard, exact, shiftable
+from moptrace.kernels.selection import choose
 
 __all__ = [
     "VocabStatistics",
@@ -284,13 +285,11 @@ def kept_tokens(targets: Tensor, vocab_size: int, ignore_index: int = -100) -> T
     return torch.ops.moptrace.kept_tokens.default(targets, vocab_size, ignore_index)
 
 
-# Where Triton's kernels are used if they can be imported. Everywhere else it is blocks of ATen
-# operators. (Triton multiplies no float64.)
-_TRITON = {"cuda": (torch.float16, torch.bfloat16, torch.float32)}
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": triton_linear_cross_entropy, "blocks": logit_blocks}
 
 
-def _has_triton(x: Tensor) -> bool:
-    return x.dtype in _TRITON.get(x.device.type, ()) and triton_linear_cross_entropy.is_available
+def _implementation(hidden: Tensor) -> Any:
+    return _IMPLEMENTATIONS[choose("linear_cross_entropy", hidden)]
 
 
 def _shard(
@@ -341,8 +340,7 @@ def _(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shard = _shard(hidden, weight, bias, targets, start, options)
-    kernels = triton_linear_cross_entropy if _has_triton(hidden) else logit_blocks
-    return kernels.statistics(shard)
+    return _implementation(hidden).statistics(shard)
 
 
 @torch.library.register_fake("moptrace::vocab_shard_statistics", lib=_LIBRARY)
@@ -400,9 +398,8 @@ def _(
     shard = _shard(hidden, weight, bias, targets, start, (scale, softcap, block_bytes))
     of_logits = LogitGradient(shiftable(shift), of_exp, of_target, of_sum)
     outputs = _empty_gradients(hidden, weight, bias, dtype, output_mask)
-    kernels = triton_linear_cross_entropy if _has_triton(hidden) else logit_blocks
     output_mask = [output_mask[0], output_mask[1], output_mask[2] and bias is not None]
-    kernels.gradients(shard, of_logits, *_needed(outputs, output_mask))
+    _implementation(hidden).gradients(shard, of_logits, *_needed(outputs, output_mask))
     return outputs
 
 

@@ -6,34 +6,21 @@ owns words and loops over tokens. Each adds to rows that no other program touche
 every sum is fixed: no atomics, the same bits each time. Offsets are 64-bit.
 """
 
-# pyright: reportMissingImports=false, reportMissingParameterType=false
-# pyright: reportUnknownParameterType=false, reportPossiblyUnboundVariable=false
-# pyright: reportIndexIssue=false
-# Triton has no types, and is not there on machines without a GPU.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportInvalidTypeForm=false, reportIndexIssue=false
+# Triton has no types, and is not there on every machine.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moptrace.kernels.logit_blocks import LogitGradient, Shard, shiftable
+from moptrace.kernels.triton_jit import ceil, jit, tl
 
-_jit: Callable[[Any], Any]
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    is_available = False
-    _jit = lambda function: function  # noqa: E731
-else:
-    is_available = True
-    _jit = triton.jit
-
-__all__ = ["gradients", "is_available", "statistics"]
+__all__ = ["gradients", "statistics"]
 
 
 def statistics(shard: Shard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,9 +30,9 @@ def statistics(shard: Shard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     tokens, words = len(shard.hidden), len(shard.weight)
     tile = _tile(shard.hidden)
-    blocks = _ceil(tokens, tile["TOKENS"])
-    spans = max(min(_ceil(_programs(shard.hidden), max(blocks, 1)), _ceil(words, tile["WORDS"])), 1)
-    span = _ceil(_ceil(words, tile["WORDS"]), spans) * tile["WORDS"]
+    blocks = ceil(tokens, tile["TOKENS"])
+    spans = max(min(ceil(_programs(shard.hidden), max(blocks, 1)), ceil(words, tile["WORDS"])), 1)
+    span = ceil(ceil(words, tile["WORDS"]), spans) * tile["WORDS"]
     found = shard.hidden.new_empty(4, spans, tokens, dtype=torch.float32)
     if tokens:
         _statistics_kernel[(blocks, spans)](
@@ -77,7 +64,7 @@ def gradients(
     if of_hidden is not None:
         total = _accumulator(of_hidden, tokens)
         if tokens:
-            _hidden_kernel[(_ceil(tokens, tile["TOKENS"]),)](
+            _hidden_kernel[(ceil(tokens, tile["TOKENS"]),)](
                 *_operands(shard), *coefficients, total, tokens, words, **options, **tile
             )
         if total is not of_hidden:
@@ -92,7 +79,7 @@ def gradients(
         of_rows = None if of_weight is None else of_weight[here]
         sums = shard.hidden if of_rows is None else _accumulator(of_rows, here.stop - first)
         of_words = sums.new_zeros(here.stop - first, dtype=torch.float32)
-        _weight_kernel[(_ceil(here.stop - first, tile["WORDS"]),)](
+        _weight_kernel[(ceil(here.stop - first, tile["WORDS"]),)](
             *_operands(shard),
             *coefficients,
             sums,
@@ -153,14 +140,10 @@ def _accumulator(like: Tensor, rows: int) -> Tensor:
     return like.new_zeros(rows, like.shape[1], dtype=torch.float32)
 
 
-def _ceil(a: int, b: int) -> int:
-    return math.ceil(a / b)
-
-
 # kernels
 
 
-@_jit
+@jit
 def _logits(
     hidden,
     weight,
@@ -207,7 +190,7 @@ def _logits(
     return logits, slope
 
 
-@_jit
+@jit
 def _of_products(
     logits,
     slope,
@@ -234,7 +217,7 @@ def _of_products(
     return grad * slope
 
 
-@_jit
+@jit
 def _statistics_kernel(
     hidden,
     weight,
@@ -297,7 +280,7 @@ def _statistics_kernel(
     tl.store(found + 3 * spans * tokens, sum_logits, mask=is_token)
 
 
-@_jit
+@jit
 def _hidden_kernel(
     hidden,
     weight,
@@ -369,7 +352,7 @@ def _hidden_kernel(
         tl.debug_barrier()  # another thread of this program may load what one has stored
 
 
-@_jit
+@jit
 def _weight_kernel(
     hidden,
     weight,

@@ -16,20 +16,22 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest
 import torch
+
+# Before anything imports Triton, which then runs its sources without a GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 import moptrace
 from _report import examples, record_examples, remarks
 from gloo import Ranks
 from meter import Meter
+from triton_kernels import triton_interpreter as triton_interpreter
 
 torch.set_num_threads(1)
-
-# Before anything imports Triton, which then runs its sources without a GPU.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # "python -m pytest" puts the root first, where bare "passes" and "kernels" would be found.
 ROOT = Path(__file__).resolve().parent.parent

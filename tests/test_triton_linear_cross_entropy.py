@@ -5,11 +5,9 @@ Without a GPU, Triton's interpreter runs the same sources on the CPU, on small s
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,46 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moptrace.kernels import linear_cross_entropy as operators
-from moptrace.kernels import logit_blocks, reference
+from moptrace.kernels import logit_blocks, reference, selection
 from moptrace.kernels import triton_linear_cross_entropy as in_triton
 from moptrace.kernels.logit_blocks import LogitGradient, Shard
+from triton_kernels import DEVICE, compiled_for_a_gpu
 
-pytestmark = pytest.mark.skipif(
-    not in_triton.is_available, reason="Triton cannot be imported, so its sources were not run"
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("triton_interpreter")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreter() -> Any:
-    """Mend two things that the interpreter of Triton 3.6 cannot do."""
-    if DEVICE == "cuda":
-        yield
-        return
-    from triton.runtime import interpreter
-
-    patch_tensor, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
-    product = builder.create_dot
-
-    def patch(tensor: Any, scope: Any) -> None:  # NumPy 2.4 makes no int of an array of one number
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    def widen(x: Any) -> Any:  # bfloat16 lies there as integers, and would be multiplied as such
-        if x.dtype.scalar.name != "bf16":
-            return x
-        data = (x.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(data, interpreter.tl.float32)
-
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(interpreter, "_patch_lang_tensor", patch)
-        patches.setattr(
-            builder,
-            "create_dot",
-            lambda self, a, b, *others: product(self, widen(a), widen(b), *others),
-        )
-        yield
 
 
 def shard(
@@ -138,7 +103,7 @@ def test_a_tile_is_no_less_exact_than_eager(dtype: torch.dtype, softcap: float |
         return [result, *torch.autograd.grad(result.sum(), leaves)]
 
     with pytest.MonkeyPatch.context() as patches:
-        patches.setitem(operators._TRITON, DEVICE, (dtype,))
+        patches.setitem(selection.TABLE, "linear_cross_entropy", (selection.Choice("triton"),))
         ours = run(operators.linear_cross_entropy, dtype)
     eager = run(reference.linear_cross_entropy, dtype)
     truth = run(reference.linear_cross_entropy, torch.float64)
@@ -168,32 +133,13 @@ def test_large_logits_do_not_overflow(factor: float, words: int) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from moptrace.kernels import triton_linear_cross_entropy as module
-
-flags = {"HAS_BIAS": True, "HAS_CAP": True, "HAS_SUMS": True}
-types = {"hidden": "*bf16", "weight": "*bf16", "bias": "*bf16", "labels": "*i64"}
-types |= dict.fromkeys(("width", "tokens", "words", "span", "first"), "i32")
-types |= {"scale": "fp32", "softcap": "fp32"}
-for name in ("_statistics_kernel", "_hidden_kernel", "_weight_kernel"):
-    kernel = getattr(module, name)
-    values = {"TOKENS": 128, "WORDS": 128, "WIDTH": 64, **flags}
-    values = {key: value for key, value in values.items() if key in kernel.arg_names}
-    types_of = {key: types.get(key, "*fp32") for key in kernel.arg_names}
-    types_of |= dict.fromkeys(values, "constexpr")
-    source = ASTSource(kernel, types_of, values)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    print(name, "ptx" in compiled.asm)
-"""
-
-
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Any) -> None:
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     """Types and shapes that the interpreter lets pass, the compiler does not."""
-    environment = {"PATH": "", "TRITON_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert run.stdout.count("True") == 3, run.stderr
+    types = {"hidden": "*bf16", "weight": "*bf16", "bias": "*bf16", "labels": "*i64"}
+    types |= dict.fromkeys(("width", "tokens", "words", "span", "first"), "i32")
+    types |= {"scale": "fp32", "softcap": "fp32"}
+    constants = {"TOKENS": 128, "WORDS": 128, "WIDTH": 64}
+    constants |= {"HAS_BIAS": True, "HAS_CAP": True, "HAS_SUMS": True}
+    kernels = ["_statistics_kernel", "_hidden_kernel", "_weight_kernel"]
+    found = compiled_for_a_gpu(tmp_path, in_triton.__name__, kernels, types, constants)
+    assert found == kernels

@@ -1,0 +1,94 @@
+"""Which implementation of an operator runs: the first row of the table that fits its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moptrace.kernels import onednn, triton_jit
+
+__all__ = ["ONEDNN_WIDTH", "TABLE", "Choice", "choose"]
+
+float16, bfloat16, float32 = torch.float16, torch.bfloat16, torch.float32
+
+
+class Choice(NamedTuple):
+    """An implementation, and the operands that it is for.
+
+    The device and the dtype are those of the first operand; None stands for any. ``when`` is asked
+    about all operands.
+    """
+
+    implementation: str
+    device: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    when: Callable[..., bool] | None = None
+
+    def fits(self, *operands: Tensor) -> bool:
+        x = operands[0]
+        return (
+            self.device in (None, x.device.type)
+            and (self.dtypes is None or x.dtype in self.dtypes)
+            and (self.implementation != "triton" or triton_jit.is_available)
+            and (self.when is None or self.when(*operands))
+        )
+
+
+def choose(operator: str, *operands: Tensor) -> str:
+    """The implementation for these operands.
+
+    >>> choose("linear_cross_entropy", torch.zeros(2, 3, dtype=torch.float64))
+    'blocks'
+    """
+    return next(choice.implementation for choice in TABLE[operator] if choice.fits(*operands))
+
+
+# oneDNN's calls cost more than products that are narrower than this.
+ONEDNN_WIDTH = 64
+
+
+def _is_wide(rows: Tensor, matrix: Tensor) -> bool:
+    """Whether oneDNN multiplies the rows of one expert faster: rows [.., K], matrix [.., K, N]."""
+    return matrix.shape[-1] >= ONEDNN_WIDTH and onednn.is_faster()
+
+
+def _is_native(a: Tensor, b: Tensor) -> bool:
+    """Whether torch's grouped product takes these operands and gives a contiguous result."""
+    size = a.element_size()
+    fits = a.dtype == b.dtype and b.shape[-1] * size % 16 == 0
+    return fits and _is_aligned(a) and _is_aligned(b)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether matrices are dense along one dimension and step by multiples of 16 bytes."""
+    *batch, row, column = x.stride()
+    rows, columns = x.shape[-2:]
+    by_row = column == 1 and row >= max(columns, 1)
+    by_column = row == 1 and column >= max(rows, 1)
+    steps = [*batch, row if by_row else column]
+    size = x.element_size()
+    dense = (by_row or by_column) and all(step * size % 16 == 0 for step in steps)
+    return dense and x.data_ptr() % 16 == 0
+
+
+# Triton multiplies no float64. On a CPU torch's own grouped product is a loop too, in C++: at E=64,
+# K=256, N=512 as fast as ours, and up to twice as fast where matrices are tiny.
+_GROUPED = (
+    Choice("onednn", "cpu", (float32,), _is_wide),
+    Choice("torch", "cpu", (float32, bfloat16, float16), _is_native),
+    Choice("torch", "cuda", (bfloat16,), _is_native),
+    Choice("loop"),
+)
+
+TABLE: dict[str, tuple[Choice, ...]] = {
+    "linear_cross_entropy": (
+        Choice("triton", "cuda", (float16, bfloat16, float32)),
+        Choice("blocks"),
+    ),
+    "grouped_mm": _GROUPED,
+    "grouped_outer": _GROUPED,
+    "mm": (Choice("onednn", "cpu", (float32,), _is_wide), Choice("torch")),  # of one expert's rows
+}

@@ -1,0 +1,88 @@
+"""What the tests of kernels in Triton share: an interpreter, and a compiler for a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moptrace.kernels import triton_jit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def triton_interpreter() -> Iterator[None]:
+    """Triton's kernels can be run; without a GPU, by the interpreter.
+
+    Two things are mended that the interpreter of Triton 3.6 and 3.7 cannot do.
+    """
+    if not triton_jit.is_available:
+        pytest.skip("Triton cannot be imported, so its sources were not run")
+    if DEVICE == "cuda":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
+    product = builder.create_dot
+
+    def patch(tensor: Any, scope: Any) -> None:  # NumPy 2.4 makes no int of an array of one number
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def widen(x: Any) -> Any:  # bfloat16 lies there as integers, and would be multiplied as such
+        if x.dtype.scalar.name != "bf16":
+            return x
+        data = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, interpreter.tl.float32)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(interpreter, "_patch_lang_tensor", patch)
+        patches.setattr(
+            builder,
+            "create_dot",
+            lambda self, a, b, *others: product(self, widen(a), widen(b), *others),
+        )
+        yield
+
+
+_COMPILE = """
+import importlib, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+module, types, constants, kernels = json.loads(sys.argv[1])
+for name in kernels:
+    kernel = getattr(importlib.import_module(module), name)
+    values = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    types_of = {key: types.get(key, "*fp32") for key in kernel.arg_names}
+    types_of |= dict.fromkeys(values, "constexpr")
+    source = ASTSource(kernel, types_of, values)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert "ptx" in compiled.asm
+    print(name)
+"""
+
+
+def compiled_for_a_gpu(
+    folder: Path, module: str, kernels: list[str], types: dict[str, str], constants: dict[str, Any]
+) -> list[str]:
+    """The names of the kernels that Triton compiles for a GPU that need not be there.
+
+    What is neither in ``types`` nor in ``constants`` is a pointer to float32.
+    """
+    environment = {"PATH": "", "TRITON_CACHE_DIR": str(folder), "HOME": str(folder)}
+    told = json.dumps([module, types, constants, kernels])
+    command = [sys.executable, "-c", _COMPILE, told]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
