@@ -14,12 +14,14 @@ may divide by a norm of zeros.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moptrace.kernels import aten_routing, triton_routing
+from moptrace.kernels.selection import choose
 
 __all__ = [
     "combine",
@@ -50,6 +52,13 @@ _LIBRARY.define(
 )
 _LIBRARY.define("group_rows(Tensor rows, Tensor table) -> Tensor")
 _LIBRARY.define("ungroup_rows(Tensor rows, Tensor table) -> Tensor")
+
+
+_IMPLEMENTATIONS: dict[str, Any] = {"triton": triton_routing, "aten": aten_routing}
+
+
+def _implementation(operator: str, x: Tensor) -> Any:
+    return _IMPLEMENTATIONS[choose(operator, x)]
 
 
 def dispatch(
@@ -164,32 +173,8 @@ def _(
     capacity: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_tokens(x, experts)
-    pairs = experts.flatten()
-    if numbers is not None:
-        num_experts = numbers.shape[0]
-        own = pairs - numbers[:1] if num_experts else torch.zeros_like(pairs)
-        pairs = own.masked_fill((own < 0) | (own >= num_experts), num_experts)
-    order = pairs.argsort(stable=True)
-    # Unlike bincount, scatter_add refuses an expert that does not exist and needs no device sync.
-    counts = pairs.new_zeros(num_experts + some).scatter_add_(0, pairs, torch.ones_like(pairs))
-    if some:
-        counts = counts[:num_experts].clone()
-    if capacity is not None:
-        order = _slots(pairs.index_select(0, order), order, counts, capacity)
-        counts = torch.full_like(counts, capacity)
-    elif some:
-        order = order[: int(counts.sum())].clone()
-    return _picked(x, order, experts.shape[1], some), counts, order
-
-
-def _slots(sorted_: Tensor, order: Tensor, counts: Tensor, capacity: int) -> Tensor:
-    """The pairs of so many rows for each expert, from the pairs in order of their experts."""
-    start = torch.cat([counts.cumsum(0) - counts, counts.sum().view(1)])
-    place = torch.arange(order.shape[0], device=order.device) - start.index_select(0, sorted_)
-    total = counts.shape[0] * capacity
-    nowhere = (sorted_ == counts.shape[0]) | (place >= capacity)
-    slot = (sorted_ * capacity + place).masked_fill(nowhere, total)
-    return order.new_full((total + 1,), order.shape[0]).scatter_(0, slot, order)[:total].clone()
+    run = _implementation("dispatch", x).dispatch
+    return run(x, experts, num_experts, some, numbers, capacity)
 
 
 @torch.library.register_fake("moptrace::dispatch", lib=_LIBRARY)
@@ -290,10 +275,9 @@ def _(
 
 @torch.library.impl(_LIBRARY, "pair_rows", "CompositeExplicitAutograd")
 def _(values: Tensor, order: Tensor, some: bool = False) -> Tensor:
-    flat = values.flatten(0, 1)
     if not some:
-        _check_order(order, flat.shape[0])
-    return _picked(flat, order, 1, some)
+        _check_order(order, values.shape[0] * values.shape[1])
+    return _implementation("pair_rows", values).pair_rows(values, order, some)
 
 
 @torch.library.register_fake("moptrace::pair_rows", lib=_LIBRARY)
@@ -329,13 +313,7 @@ torch.library.register_autograd(
 @torch.library.impl(_LIBRARY, "combine", "CompositeExplicitAutograd")
 def _(rows: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     _check_order(order, rows.shape[0])
-    dtype = torch.result_type(rows, weights)
-    scale = _with_dims(weights, rows.dim() - 1)
-    result = rows.new_zeros(weights.shape[0], *rows.shape[1:], dtype=_exact(dtype))
-    # One choice at a time: a [N, k, D] copy costs more in page faults than k passes over [N, D].
-    for j, chosen in enumerate(_choices(rows, order, weights.shape[0], weights.shape[1], some)):
-        result.addcmul_(chosen, scale[:, j])
-    return result.to(dtype)
+    return _implementation("combine", rows).combine(rows, order, weights, some)
 
 
 @torch.library.register_fake("moptrace::combine", lib=_LIBRARY)
@@ -371,10 +349,7 @@ torch.library.register_autograd(
 @torch.library.impl(_LIBRARY, "weigh_rows", "CompositeExplicitAutograd")
 def _(x: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     _check_tokens(x, weights)
-    rows = _picked(x, order, weights.shape[1], some).to(torch.result_type(x, weights))
-    scale = _picked(weights.flatten(), order, 1, some)
-    rows.mul_(_with_dims(scale, x.dim() - 1))
-    return rows.masked_fill_(_with_dims(order == weights.numel(), x.dim() - 1), 0) if some else rows
+    return _implementation("weigh_rows", x).weigh_rows(x, order, weights, some)
 
 
 @torch.library.register_fake("moptrace::weigh_rows", lib=_LIBRARY)
@@ -409,13 +384,7 @@ torch.library.register_autograd(
 @torch.library.impl(_LIBRARY, "pair_dots", "CompositeExplicitAutograd")
 def _(x: Tensor, rows: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
     _check_order(order, rows.shape[0])
-    dtype = torch.result_type(x, rows)
-    features = math.prod(x.shape[1:])
-    flat = x.reshape(x.shape[0], features).to(_exact(dtype))
-    result = flat.new_empty(x.shape[0], choices)
-    for j, chosen in enumerate(_choices(rows, order, x.shape[0], choices, some)):
-        torch.sum(flat * chosen.view(x.shape[0], features), 1, out=result[:, j])
-    return result.to(dtype)
+    return _implementation("pair_dots", x).pair_dots(x, rows, order, choices, some)
 
 
 @torch.library.register_fake("moptrace::pair_dots", lib=_LIBRARY)
@@ -454,12 +423,12 @@ torch.library.register_autograd(
 
 @torch.library.impl(_LIBRARY, "group_rows", "CompositeExplicitAutograd")
 def _(rows: Tensor, table: Tensor) -> Tensor:
-    return rows.index_select(0, _transposition(table, rows.shape[0]))
+    return _implementation("group_rows", rows).group_rows(rows, table)
 
 
 @torch.library.impl(_LIBRARY, "ungroup_rows", "CompositeExplicitAutograd")
 def _(rows: Tensor, table: Tensor) -> Tensor:
-    return rows.index_select(0, _transposition(table.t(), rows.shape[0]))
+    return _implementation("ungroup_rows", rows).ungroup_rows(rows, table)
 
 
 @torch.library.register_fake("moptrace::group_rows", lib=_LIBRARY)
@@ -490,56 +459,7 @@ torch.library.register_autograd(
 )
 
 
-# index arithmetic and checks
-
-
-def _picked(x: Tensor, order: Tensor, choices: int, some: bool) -> Tensor:
-    """What each row has of ``x``, which has a part for so many pairs each."""
-    if some:
-        if not x.shape[0]:
-            return x.new_zeros(order.shape[0], *x.shape[1:])
-        order = order.masked_fill(order == x.shape[0] * choices, 0)
-    # Without choices there are still the rows of no pair that a capacity makes.
-    return x.index_select(0, order if choices <= 1 else order // choices)
-
-
-def _choices(
-    rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool
-) -> Iterator[Tensor]:
-    """For each of their choices, the tokens' rows; zeros where a pair has none."""
-    pairs = tokens * choices
-    numbers = torch.arange(order.shape[0], device=order.device)
-    if not some:
-        position = torch.empty_like(order).scatter_(0, order, numbers).view(tokens, choices)
-        yield from (rows.index_select(0, position[:, j]) for j in range(choices))
-        return
-    position = order.new_full((pairs + 1,), -1).scatter_(0, order, numbers)[:pairs]
-    position = position.view(tokens, choices)
-    for j in range(choices):
-        if not rows.shape[0]:
-            yield rows.new_zeros(tokens, *rows.shape[1:])
-            continue
-        own = rows.index_select(0, position[:, j].clamp(min=0))
-        yield own.masked_fill_(_with_dims(position[:, j] < 0, rows.dim() - 1), 0)
-
-
-def _transposition(table: Tensor, total: int) -> Tensor:
-    """Where each row of the order (c, p) is found in the order (p, c), without a device sync."""
-    sizes, moved = table.flatten(), table.t().flatten()
-    start = (sizes.cumsum(0) - sizes).view(table.shape).t().flatten()
-    shift = start - (moved.cumsum(0) - moved)
-    index = torch.arange(total, device=table.device)
-    return index.add_(shift.repeat_interleave(moved, output_size=total))
-
-
-def _with_dims(x: Tensor, count: int) -> Tensor:
-    """``x`` with ``count`` dimensions of size 1 at its end."""
-    return x[(..., *[None] * count)]
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of ``dtype`` are added up."""
-    return torch.promote_types(dtype, torch.float32)
+# checks
 
 
 def _check_tokens(x: Tensor, pairs: Tensor) -> None:

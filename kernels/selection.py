@@ -12,7 +12,7 @@ from moptrace.kernels import onednn, triton_jit
 
 __all__ = ["ONEDNN_WIDTH", "TABLE", "Choice", "choose"]
 
-float16, bfloat16, float32 = torch.float16, torch.bfloat16, torch.float32
+float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 class Choice(NamedTuple):
@@ -83,11 +83,21 @@ _GROUPED = (
     Choice("loop"),
 )
 
+# One kernel for what takes ATen several; a product of moved rows is formed on the way.
+_MOVES = (Choice("triton", "cuda", (float16, bfloat16, float32, float64)), Choice("aten"))
+
 TABLE: dict[str, tuple[Choice, ...]] = {
     "linear_cross_entropy": (
         Choice("triton", "cuda", (float16, bfloat16, float32)),
         Choice("blocks"),
     ),
+    "dispatch": _MOVES,
+    "pair_rows": _MOVES,
+    "combine": _MOVES,
+    "weigh_rows": _MOVES,
+    "pair_dots": _MOVES,
+    "group_rows": _MOVES,
+    "ungroup_rows": _MOVES,
     "grouped_mm": _GROUPED,
     "grouped_outer": _GROUPED,
     "mm": (Choice("onednn", "cpu", (float32,), _is_wide), Choice("torch")),  # of one expert's rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ceil", "is_available", "jit", "tl", "triton"]
+__all__ = ["ceil", "is_available", "jit", "power_of_two", "tl", "triton"]
 
 triton: Any
 tl: Any
@@ -36,3 +36,12 @@ def ceil(a: int, b: int) -> int:
     2
     """
     return -(-a // b)
+
+
+def power_of_two(a: int) -> int:
+    """The least power of two that is not less than ``a``: a block's size must be one.
+
+    >>> power_of_two(5)
+    8
+    """
+    return 1 << max(a - 1, 0).bit_length()
