@@ -83,6 +83,17 @@ _GROUPED = (
     Choice("loop"),
 )
 
+
+def _are_alike(*operands: Tensor) -> bool:
+    """Whether all have one dtype."""
+    return len({x.dtype for x in operands}) == 1
+
+
+def _fit_float32(*operands: Tensor) -> bool:
+    """Whether float32 has every number of every operand."""
+    return all(x.dtype in (float16, bfloat16, float32) for x in operands)
+
+
 # One kernel for what takes ATen several; a product of moved rows is formed on the way.
 _MOVES = (Choice("triton", "cuda", (float16, bfloat16, float32, float64)), Choice("aten"))
 
@@ -91,6 +102,12 @@ TABLE: dict[str, tuple[Choice, ...]] = {
         Choice("triton", "cuda", (float16, bfloat16, float32)),
         Choice("blocks"),
     ),
+    "fused_adam": (  # torch's own is what it must equal, bit by bit, and takes one dtype
+        Choice("torch", when=_are_alike),
+        Choice("triton", "cuda", when=_fit_float32),
+        Choice("torch"),
+    ),
+    "fused_adam, by chance": (Choice("triton", "cuda", when=_fit_float32), Choice("torch")),
     "dispatch": _MOVES,
     "pair_rows": _MOVES,
     "combine": _MOVES,

@@ -15,7 +15,6 @@ row, and no token, is written by two programs, so the order of every sum is fixe
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,9 +78,8 @@ def pair_rows(values: Tensor, order: Tensor, some: bool) -> Tensor:
 def combine(rows: Tensor, order: Tensor, weights: Tensor, some: bool) -> Tensor:
     """Read each token's rows, and write their weighted sum."""
     tokens, choices = weights.shape
-    result = rows.new_empty(
-        tokens, *rows.shape[1:], dtype=torch.result_type(rows, weights)
-    )  # what is formed in float32 is rounded once
+    dtype = torch.result_type(rows, weights)
+    result = rows.new_empty(tokens, *rows.shape[1:], dtype=dtype)
     flat = _flat(rows)
     if result.numel():
         tile = _tile(flat.shape[1], "TOKENS")
@@ -94,7 +92,7 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor, some: bool) -> Tensor:
             choices,
             flat.shape[1],
             *flat.stride(),
-            IS_DOUBLE=result.dtype is torch.float64,
+            IS_DOUBLE=dtype is torch.float64,
             **tile,
         )
     return result
@@ -205,9 +203,9 @@ def _positions(order: Tensor, pairs: int, some: bool) -> Tensor:
 
 
 @jit
-def _row_of(pairs, first, pair, total, experts, HAS_FIRST: tl.constexpr, SOME: tl.constexpr):
+def _row_of(chosen, first, pair, total, experts, HAS_FIRST: tl.constexpr, SOME: tl.constexpr):
     """The row of the table that counts each pair."""
-    expert = tl.load(pairs + pair, mask=pair < total, other=-1)
+    expert = tl.load(chosen + pair, mask=pair < total, other=-1)
     if HAS_FIRST:
         expert -= tl.load(first)
         expert = tl.where((expert >= 0) & (expert < experts), expert, experts)
@@ -219,7 +217,7 @@ def _row_of(pairs, first, pair, total, experts, HAS_FIRST: tl.constexpr, SOME: t
 
 @jit
 def _count_kernel(
-    pairs,
+    chosen,
     first,
     ranks,
     table,
@@ -232,12 +230,12 @@ def _count_kernel(
 ):
     block = tl.program_id(0).to(tl.int64)
     pair = block * PAIRS + tl.arange(0, PAIRS)
-    own = _row_of(pairs, first, pair, total, experts, HAS_FIRST, SOME)
+    own = _row_of(chosen, first, pair, total, experts, HAS_FIRST, SOME)
     number = tl.zeros((PAIRS,), dtype=tl.int32)
     rank = tl.zeros((PAIRS,), dtype=tl.int32)
     for start in range(0, PAIRS, OTHERS):
         other = block * PAIRS + start + tl.arange(0, OTHERS)
-        row = _row_of(pairs, first, other, total, experts, HAS_FIRST, SOME)
+        row = _row_of(chosen, first, other, total, experts, HAS_FIRST, SOME)
         is_same = (own[:, None] == row[None, :]) & (other < total)[None, :]
         number += tl.sum(is_same.to(tl.int32), 1)
         rank += tl.sum((is_same & (other[None, :] < pair[:, None])).to(tl.int32), 1)
@@ -249,7 +247,7 @@ def _count_kernel(
 
 @jit
 def _place_kernel(
-    pairs,
+    chosen,
     first,
     ranks,
     table,
@@ -267,7 +265,7 @@ def _place_kernel(
     block, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     pair = block * PAIRS + tl.arange(0, PAIRS)
     is_pair = pair < total
-    own = _row_of(pairs, first, pair, total, experts, HAS_FIRST, SOME).to(tl.int64)
+    own = _row_of(chosen, first, pair, total, experts, HAS_FIRST, SOME).to(tl.int64)
     cell = own * blocks + block
     place = tl.load(ends + cell, mask=is_pair, other=0)
     place += tl.load(ranks + pair, mask=is_pair, other=0)
@@ -338,7 +336,7 @@ def _move_kernel(
 
 @jit
 def _combine_kernel(
-    rows,
+    values,
     positions,
     weights,
     result,
@@ -363,7 +361,7 @@ def _combine_kernel(
             row = tl.load(positions + pair, mask=is_token, other=-1)
             weight = tl.load(weights + pair, mask=is_token, other=0.0).to(EXACT)
             value = tl.load(
-                rows + row[:, None] * row_stride + column[None, :].to(tl.int64) * column_stride,
+                values + row[:, None] * row_stride + column[None, :].to(tl.int64) * column_stride,
                 mask=(row >= 0)[:, None] & is_column[None, :],
                 other=0.0,
             )
@@ -378,7 +376,7 @@ def _combine_kernel(
 @jit
 def _dots_kernel(
     x,
-    rows,
+    values,
     positions,
     result,
     tokens,
@@ -408,7 +406,7 @@ def _dots_kernel(
                 other=0.0,
             )
             b = tl.load(
-                rows + row[:, None] * row_stride + column[None, :] * row_column_stride,
+                values + row[:, None] * row_stride + column[None, :] * row_column_stride,
                 mask=mask,
                 other=0.0,
             )

@@ -324,6 +324,15 @@ def test_pairs_of_one_expert_keep_their_order() -> None:
     assert counts.tolist() == [3, 3, 0, 2]
 
 
+@pytest.mark.parametrize("num_experts", [5, 255, 256, 2**15])
+def test_many_pairs_are_sorted_as_few_are(num_experts: int) -> None:
+    """From some number of pairs on, a CPU sorts narrower integers; those of no expert, too."""
+    experts = torch.randint(num_experts + 1, (40_000, 1))
+    _, counts, order = routing.dispatch(torch.zeros(40_000), experts, num_experts, some=True)
+    kept = experts.flatten().argsort(stable=True)[: len(order)]
+    assert torch.equal(order, kept) and int(counts.sum()) == len(order) < 40_000
+
+
 def test_rows_from_all_sources_are_grouped_by_expert_and_back() -> None:
     table = torch.tensor([[2, 1], [0, 2]])  # source 0 sends aa b, source 1 sends BB
     rows = torch.tensor([10, 11, 12, 20, 21])

@@ -1,0 +1,57 @@
+"""Rounding to bfloat16 by chance, so that what is too small for a step is not lost each time.
+
+A number between two neighbours becomes the upper one as likely as it is near to it, so its
+expectation is the number. The bits are those of Philox4x32-10, a function of a seed and a counter
+(Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011): the same on every device, in
+Triton too, and for a shard the same as for the part of the whole that it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["random_bits", "round_stochastically"]
+
+_WORD = 2**32 - 1
+
+
+def round_stochastically(x: Tensor, seed: int, step: Tensor, offset: int = 0) -> Tensor:
+    """Round float32 numbers to bfloat16, up or down by chance.
+
+    x [*D], step [] -> [*D]. ``offset`` is the place of the first number in what is drawn for.
+
+    Ensures: a number that bfloat16 has stays; nan and infinities stay; unbiased.
+
+    >>> halfway = torch.full((1000,), 1 + 2**-8)
+    >>> rounded = round_stochastically(halfway, seed=0, step=torch.tensor(1.0))
+    >>> sorted(set(rounded.tolist())), round(float(rounded.float().mean()), 4)
+    ([1.0, 1.0078125], 1.0039)
+    """
+    place = torch.arange(offset, offset + x.numel(), device=x.device)
+    bits = random_bits(place, seed, step) & 0xFFFF
+    carried = x.contiguous().view(torch.int32).view(-1) + bits.to(torch.int32)
+    rounded = (carried & ~0xFFFF).view(torch.float32).view(x.shape)
+    return rounded.where(x.isfinite(), x).to(torch.bfloat16)
+
+
+def random_bits(place: Tensor, seed: int, step: Tensor) -> Tensor:
+    """The first 32 of Philox's 128 bits, for each counter (place, step): int64 [N] in [0, 2**32).
+
+    >>> [hex(x) for x in random_bits(torch.tensor([0]), 0, torch.tensor(0)).tolist()]
+    ['0x6627e8d5']
+    """
+    c0, c1 = place & _WORD, place >> 32
+    c2, c3 = step.to(place.device, torch.int64).expand_as(place), torch.zeros_like(place)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        (high, low), (other_high, other_low) = _product(0xD2511F53, c0), _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = other_high ^ c1 ^ k0, other_low, high ^ c3 ^ k1, low
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0
+
+
+def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and the lower word of the product of two words."""
+    high, low = (b >> 16) * a, (b & 0xFFFF) * a  # of 48 bits
+    return (high + (low >> 16)) >> 16, ((high << 16) + low) & _WORD
