@@ -185,11 +185,15 @@ def test_rounding_is_unbiased_and_a_shard_draws_its_own_part(by: str) -> None:
     assert not torch.equal(again, new)
 
 
-def test_what_needs_no_rounding_stays() -> None:
+@pytest.mark.parametrize("by", ["triton", "torch"])
+def test_what_needs_no_rounding_stays(by: str) -> None:
     special = [0.0, -0.0, 1.5, -2.0, torch.inf, -torch.inf, torch.nan]
-    x = torch.tensor(special * 50)
+    x = torch.tensor(special * 50, device=DEVICE)
     rounded = round_stochastically(x, 1, torch.tensor(1.0))
     torch.testing.assert_close(rounded, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    nothing = torch.zeros_like(x)
+    new = run(by, x.bfloat16(), nothing, [nothing, nothing], seed=1, weight_decay=0.0)[0]
+    torch.testing.assert_close(new, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_only_bfloat16_is_rounded_by_chance() -> None:
