@@ -1,8 +1,7 @@
 """Attention to some of the keys, and how such parts add up to attention to all of them.
 
 A query's attention to a part of the keys is its output there and the log-sum-exp of its scores
-there; the parts of a sequence merge by their log-sum-exps (Milakov and Gimelshein, Online
-normalizer calculation for softmax, 2018; Liu et al., Ring Attention, 2023).
+there, by which the parts of a sequence merge (``merge_attention``).
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from moptrace.kernels.merge_attention import merge_attention_
 
 __all__ = ["Sight", "Span", "add_attention", "add_gradients", "attention", "nothing_seen"]
 
@@ -197,11 +198,7 @@ def add_attention(
         of_keys = [columns.of(x, keys.start) for x in (key, value)]
         out, lse = _attention(rows.of(query, queries.start), *of_keys, tile=tile, scale=scale)
         whole, whole_lse = (rows.of(x, queries.start) for x in total)
-        merged = torch.logaddexp(whole_lse, lse)
-        lowest = merged.clamp_min(torch.finfo(merged.dtype).min)  # of no key, -inf - -inf is nan
-        whole.mul_((whole_lse - lowest).exp().unsqueeze(-1))
-        whole.addcmul_(out, (lse - lowest).exp().unsqueeze(-1))
-        whole_lse.copy_(merged)
+        merge_attention_(whole, whole_lse, out, lse)
 
 
 def add_gradients(

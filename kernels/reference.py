@@ -1,8 +1,9 @@
 """What every operator means, in plain PyTorch that autograd differentiates by itself.
 
 Nothing here is fast. Each function has the name, the arguments and the result of an operator in
-``moptrace.kernels.routing``, ``moptrace.kernels.grouped_mm`` or
-``moptrace.kernels.linear_cross_entropy``, whose docstrings give the shapes.
+``moptrace.kernels.routing``, ``moptrace.kernels.grouped_mm``,
+``moptrace.kernels.linear_cross_entropy`` or ``moptrace.kernels.merge_attention``, whose docstrings
+give the shapes.
 The tests hold the operators to these functions in float64.
 """
 
@@ -24,6 +25,7 @@ __all__ = [
     "grouped_outer",
     "keep_pairs",
     "linear_cross_entropy",
+    "merge_attention",
     "pair_dots",
     "pair_rows",
     "ungroup_rows",
@@ -159,6 +161,17 @@ def group_sum(rows: Tensor, counts: Tensor) -> Tensor:
 def _expert(counts: Tensor) -> Tensor:
     """The expert of each row."""
     return torch.arange(counts.shape[0]).repeat_interleave(counts)
+
+
+def merge_attention(
+    out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The outputs' mean, weighted by the exponentials that each is a mean of; their sum's log."""
+    both = torch.stack([lse, other_lse])
+    merged = both.logsumexp(0)
+    is_seen = merged > -math.inf
+    shares = (both - merged.where(is_seen, 0)).exp().unsqueeze(-1)
+    return (shares * torch.stack([out, other])).sum(0), merged
 
 
 def linear_cross_entropy(

@@ -108,6 +108,7 @@ TABLE: dict[str, tuple[Choice, ...]] = {
         Choice("torch"),
     ),
     "fused_adam, by chance": (Choice("triton", "cuda", when=_fit_float32), Choice("torch")),
+    "merge_attention": (Choice("triton", "cuda", (float32, float64)), Choice("aten")),
     "dispatch": _MOVES,
     "pair_rows": _MOVES,
     "combine": _MOVES,

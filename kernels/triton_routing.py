@@ -9,7 +9,8 @@ row, and no token, is written by two programs, so the order of every sum is fixe
 """
 
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
-# pyright: reportInvalidTypeForm=false, reportIndexIssue=false, reportPossiblyUnbound=false
+# pyright: reportInvalidTypeForm=false, reportIndexIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 # Triton has no types, and is not there on every machine.
 
 from __future__ import annotations
