@@ -12,7 +12,8 @@ that of ``torch.nn.functional.cross_entropy`` with label smoothing, and the z-lo
     lse - (1 - label_smoothing) * z[target] - label_smoothing * mean(z) + z_loss * lse**2
 
 Everything is exact: no part of a gradient is dropped for being small, as Cut Cross-Entropy does by
-default. ``moptrace.kernels.reference`` says what each operator means.
+default, unless ``skip_below`` asks for that. ``moptrace.kernels.reference`` says what each operator
+means.
 """
 
 from __future__ import annotations
@@ -46,14 +47,15 @@ _LIBRARY.define(
 _LIBRARY.define(
     "vocab_shard_gradients(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
     "Tensor shift, Tensor of_exp, Tensor of_target, Tensor of_sum, SymInt start, float scale, "
-    "float? softcap, int? block_bytes, ScalarType? dtype, bool[] output_mask) "
+    "float? softcap, int? block_bytes, ScalarType? dtype, bool[] output_mask, "
+    "float skip_below=0.0) "
     "-> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("kept_tokens(Tensor targets, SymInt vocab_size, int ignore_index) -> Tensor")
 _LIBRARY.define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
     "int ignore_index, float label_smoothing, float? softcap, float scale, float z_loss, "
-    "int? block_bytes) -> (Tensor, Tensor)"
+    "int? block_bytes, float skip_below=0.0) -> (Tensor, Tensor)"
 )
 
 
@@ -85,6 +87,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: Literal["sum", "none"] = "sum",
     block_bytes: int | None = None,
+    skip_below: float = 0.0,
 ) -> Tensor:
     """Project tokens onto the vocabulary and take the cross entropy, without the logits.
 
@@ -97,6 +100,12 @@ def linear_cross_entropy(
     ``block_bytes``: by default 4 MiB for each thread of a CPU; Triton keeps them on the chip and
     ignores the number. Beside them are the tokens in that dtype and a few blocks of rows of the
     weight. It is differentiable once.
+
+    With ``skip_below`` the gradients are **not exact**: blocks of logits are left out of them in
+    which no logit's gradient is more than so much of its token's loss's, which saves two of the
+    three products of a backward where most words are hopeless (Cut Cross-Entropy's filter, whose
+    threshold is 2**-12). The loss stays exact.
+
     Raises: IndexError for another target outside [0, V); on CUDA a device-side assertion.
     Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models (2025).
 
@@ -115,6 +124,7 @@ def linear_cross_entropy(
         scale,
         z_loss,
         block_bytes,
+        skip_below,
     )
     if reduction == "none":
         return losses
@@ -173,6 +183,7 @@ def vocab_shard_gradients(
     block_bytes: int | None = None,
     dtype: torch.dtype | None = None,
     output_mask: tuple[bool, bool, bool] = (True, True, True),
+    skip_below: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate any function of one shard's statistics, computing its logits once more.
 
@@ -186,7 +197,9 @@ def vocab_shard_gradients(
 
     Requires: the last four in the dtype of the statistics; no logit much larger than its shift.
     Ensures: accumulated in float32 at least; returned in ``dtype``, or else in the operands' own.
-    The sum over all shards of the first is the gradient of ``hidden``. Deterministic.
+    The sum over all shards of the first is the gradient of ``hidden``. Deterministic. With
+    ``skip_below``, blocks are left out in which no logit's gradient is more than that times the
+    size of its token's ``of_exp``.
 
     >>> hidden, weight = torch.ones(1, 2), torch.zeros(2, 2)
     >>> one, zero = torch.ones(1), torch.zeros(1)
@@ -212,6 +225,7 @@ def vocab_shard_gradients(
         block_bytes,
         dtype,
         list(output_mask),
+        skip_below,
     )
 
 
@@ -394,12 +408,14 @@ def _(
     block_bytes: int | None,
     dtype: torch.dtype | None,
     output_mask: list[bool],
+    skip_below: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shard = _shard(hidden, weight, bias, targets, start, (scale, softcap, block_bytes))
     of_logits = LogitGradient(shiftable(shift), of_exp, of_target, of_sum)
     outputs = _empty_gradients(hidden, weight, bias, dtype, output_mask)
     output_mask = [output_mask[0], output_mask[1], output_mask[2] and bias is not None]
-    _implementation(hidden).gradients(shard, of_logits, *_needed(outputs, output_mask))
+    needed = _needed(outputs, output_mask)
+    _implementation(hidden).gradients(shard, of_logits, *needed, skip_below=skip_below)
     return outputs
 
 
@@ -408,7 +424,7 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_operands(hidden, weight, bias, targets)
-    return _empty_gradients(hidden, weight, bias, *others[-2:])
+    return _empty_gradients(hidden, weight, bias, *others[8:10])
 
 
 def _empty_gradients(
@@ -455,6 +471,7 @@ def _(
     scale: float,
     z_loss: float,
     block_bytes: int | None,
+    skip_below: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     statistics = vocab_shard_statistics(
         hidden, weight, targets, bias, softcap=softcap, scale=scale, block_bytes=block_bytes
@@ -494,7 +511,7 @@ def _differentiate_loss(
     ctx: Any, of_loss: Tensor | None, of_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, targets, lse = ctx.saved_tensors
-    ignore_index, label_smoothing, softcap, scale, z_loss, block_bytes = ctx.options
+    ignore_index, label_smoothing, softcap, scale, z_loss, block_bytes, skip_below = ctx.options
     of_loss = torch.zeros_like(lse) if of_loss is None else of_loss
     of_loss = of_loss.where(targets != ignore_index, 0)
     of_exp = of_loss * (1 + 2 * z_loss * lse) if z_loss else of_loss
@@ -514,8 +531,9 @@ def _differentiate_loss(
         block_bytes,
         None,
         needed,
+        skip_below,
     )
-    return *_needed(computed, needed), *[None] * 7
+    return *_needed(computed, needed), *[None] * 8
 
 
 torch.library.register_autograd(

@@ -112,10 +112,12 @@ def gradients(
     of_hidden: Tensor | None,
     of_weight: Tensor | None,
     of_bias: Tensor | None,
+    skip_below: float = 0.0,
 ) -> None:
     """Sweep the logits once and write the gradients that are asked for.
 
-    of_hidden [N, D], of_weight [V, D], of_bias [V] are written; None is skipped.
+    of_hidden [N, D], of_weight [V, D], of_bias [V] are written; None is skipped. Blocks are left
+    out in which no logit's gradient is more than ``skip_below`` times the size of ``of_exp``.
 
     Ensures: each gradient is accumulated in float32 at least and rounded once.
 
@@ -151,6 +153,8 @@ def gradients(
             column, is_here = words.targets(tokens)
             grad = logits.sub_(shift[tokens]).exp_().mul_(of_exp[tokens]).add_(of_sum[tokens])
             grad.scatter_add_(1, column, of_target[tokens].where(is_here.unsqueeze(1), 0))
+            if skip_below and (grad.abs() <= skip_below * of_exp[tokens].abs()).all():
+                continue
             if slope is not None:
                 grad.mul_(slope)
             if total is not None:

@@ -49,10 +49,12 @@ def gradients(
     of_hidden: Tensor | None,
     of_weight: Tensor | None,
     of_bias: Tensor | None,
+    skip_below: float = 0.0,
 ) -> None:
     """Sweep the logits once for each operand and write the gradients that are asked for.
 
-    of_hidden [N, D], of_weight [V, D], of_bias [V] are written; None is skipped.
+    of_hidden [N, D], of_weight [V, D], of_bias [V] are written; None is skipped. Blocks are left
+    out in which no logit's gradient is more than ``skip_below`` times the size of ``of_exp``.
 
     Requires: Triton; float16, bfloat16 or float32 operands.
     Ensures: accumulated in float32 and rounded once; deterministic. For bfloat16 and float16 each
@@ -61,6 +63,7 @@ def gradients(
     tokens, words = len(shard.hidden), len(shard.weight)
     coefficients = [x.contiguous() for x in of_logits]
     tile, options = _tile(shard.hidden), _options(shard)
+    options |= {"skip_below": skip_below, "IS_EXACT": not skip_below}
     if of_hidden is not None:
         total = _accumulator(of_hidden, tokens)
         if tokens:
@@ -203,8 +206,10 @@ def _of_products(
     word,
     is_token,
     is_word,
+    skip_below,
+    IS_EXACT: tl.constexpr,
 ):
-    """The gradient of a tile of products of tokens and words, given that of the logits."""
+    """The gradient of a tile of products of tokens and words, and whether it counts."""
     label = tl.load(labels + token, mask=is_token, other=-1)
     shift = tl.load(shift + token, mask=is_token, other=0.0)[:, None]
     of_exp = tl.load(of_exp + token, mask=is_token, other=0.0)[:, None]
@@ -214,7 +219,11 @@ def _of_products(
     is_there = is_token[:, None] & is_word[None, :]
     grad = of_exp * tl.exp(tl.where(is_there, logits - shift, 0.0)) + of_sum
     grad += tl.where(word[None, :] == label[:, None], of_target, 0.0)
-    return grad * slope
+    counts = True
+    if not IS_EXACT:
+        excess = tl.abs(grad) - skip_below * tl.abs(of_exp)
+        counts = tl.max(tl.where(is_there, excess, 0.0)) > 0
+    return grad * slope, counts
 
 
 @jit
@@ -296,6 +305,8 @@ def _hidden_kernel(
     words,
     scale,
     softcap,
+    skip_below,
+    IS_EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -324,7 +335,7 @@ def _hidden_kernel(
             WORDS,
             WIDTH,
         )
-        grad = _of_products(
+        grad, counts = _of_products(
             logits,
             slope,
             labels,
@@ -336,20 +347,24 @@ def _hidden_kernel(
             word,
             is_token,
             is_word,
-        ).to(weight.dtype.element_ty)
-        for part in range(0, width, WIDTH):
-            column = part + tl.arange(0, WIDTH)
-            is_column = column < width
-            b = tl.load(
-                weight + word[:, None] * width + column[None, :],
-                mask=is_word[:, None] & is_column[None, :],
-                other=0.0,
-            )
-            own = total + token[:, None] * width + column[None, :]
-            mask = is_token[:, None] & is_column[None, :]
-            before = tl.load(own, mask=mask, other=0.0)
-            tl.store(own, tl.dot(grad, b, before, input_precision="ieee"), mask=mask)
-        tl.debug_barrier()  # another thread of this program may load what one has stored
+            skip_below,
+            IS_EXACT,
+        )
+        grad = grad.to(weight.dtype.element_ty)
+        if counts:
+            for part in range(0, width, WIDTH):
+                column = part + tl.arange(0, WIDTH)
+                is_column = column < width
+                b = tl.load(
+                    weight + word[:, None] * width + column[None, :],
+                    mask=is_word[:, None] & is_column[None, :],
+                    other=0.0,
+                )
+                own = total + token[:, None] * width + column[None, :]
+                mask = is_token[:, None] & is_column[None, :]
+                before = tl.load(own, mask=mask, other=0.0)
+                tl.store(own, tl.dot(grad, b, before, input_precision="ieee"), mask=mask)
+            tl.debug_barrier()  # another thread of this program may load what one has stored
 
 
 @jit
@@ -370,6 +385,8 @@ def _weight_kernel(
     first,
     scale,
     softcap,
+    skip_below,
+    IS_EXACT: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -401,7 +418,7 @@ def _weight_kernel(
             WORDS,
             WIDTH,
         )
-        grad = _of_products(
+        grad, counts = _of_products(
             logits,
             slope,
             labels,
@@ -413,21 +430,25 @@ def _weight_kernel(
             word,
             is_token,
             is_word,
+            skip_below,
+            IS_EXACT,
         )
-        of_word += tl.sum(grad, 0)
-        if HAS_SUMS:
-            grad = tl.trans(grad.to(hidden.dtype.element_ty))
-            for part in range(0, width, WIDTH):
-                column = part + tl.arange(0, WIDTH)
-                is_column = column < width
-                a = tl.load(
-                    hidden + token[:, None] * width + column[None, :],
-                    mask=is_token[:, None] & is_column[None, :],
-                    other=0.0,
-                )
-                own = total + row[:, None] * width + column[None, :]
-                mask = is_word[:, None] & is_column[None, :]
-                before = tl.load(own, mask=mask, other=0.0)
-                tl.store(own, tl.dot(grad, a, before, input_precision="ieee"), mask=mask)
-            tl.debug_barrier()  # another thread of this program may load what one has stored
+        if counts:
+            of_word += tl.sum(grad, 0)
+            if HAS_SUMS:
+                of_words_first = tl.trans(grad.to(hidden.dtype.element_ty))
+                for part in range(0, width, WIDTH):
+                    column = part + tl.arange(0, WIDTH)
+                    is_column = column < width
+                    a = tl.load(
+                        hidden + token[:, None] * width + column[None, :],
+                        mask=is_token[:, None] & is_column[None, :],
+                        other=0.0,
+                    )
+                    own = total + row[:, None] * width + column[None, :]
+                    mask = is_word[:, None] & is_column[None, :]
+                    before = tl.load(own, mask=mask, other=0.0)
+                    sums = tl.dot(of_words_first, a, before, input_precision="ieee")
+                    tl.store(own, sums, mask=mask)
+                tl.debug_barrier()  # another thread of this program may load what one has stored
     tl.store(of_words + row, of_word, mask=is_word)

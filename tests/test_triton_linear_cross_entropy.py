@@ -133,13 +133,60 @@ def test_large_logits_do_not_overflow(factor: float, words: int) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", [in_triton, logit_blocks], ids=["triton", "blocks"])
+@pytest.mark.parametrize("tokens", [40, 128])
+def test_blocks_with_nothing_but_small_gradients_are_left_out_on_demand(
+    kernels: Any, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 256 words only the first 128 are ever likely, and half of the tokens do not count."""
+    own = shard(tokens, 8, 256, block_bytes=8 * 64 * min(tokens, 64))
+    assert own.bias is not None
+    own.bias[128:] = -12.0
+    own.labels.clamp_(0, 100)
+    lse = logit_blocks.statistics(own)
+    shift = lse[0] + lse[1].log()
+    of_loss = (torch.arange(tokens, device=DEVICE) % 2).float() * 1e-3  # of a mean
+    of_logits = LogitGradient(shift, of_loss, -of_loss, torch.zeros_like(of_loss))
+
+    def run(**options: Any) -> list[Tensor]:
+        operands = own.hidden, own.weight, own.bias
+        found = [torch.full_like(x, torch.nan) for x in operands if x is not None]
+        kernels.gradients(own, of_logits, *found, **options)
+        return found
+
+    exact, filtered = run(), run(skip_below=1e-3)
+    for whole, part in zip(exact[1:], filtered[1:], strict=True):
+        assert whole[128:].all() and not part[128:].any()
+        torch.testing.assert_close(part[:128], whole[:128], rtol=1e-6, atol=1e-9)
+    assert not torch.equal(filtered[0], exact[0])
+    assert (filtered[0] - exact[0]).abs().max() <= 1e-3 * 1e-3 * 128 * own.weight.abs().max()
+    for whole, part in zip(exact, run(skip_below=1e-12), strict=True):
+        assert torch.equal(whole, part)
+
+
+def test_filtering_is_an_option_of_the_loss() -> None:
+    own = shard(20, 8, 64)
+    targets = own.labels.clamp(0, 63)
+
+    def gradient(**options: float) -> Tensor:
+        hidden = own.hidden.clone().requires_grad_()
+        operators.linear_cross_entropy(hidden, own.weight, targets, **options).backward()
+        assert hidden.grad is not None
+        return hidden.grad
+
+    assert torch.equal(gradient(skip_below=0.0), gradient())
+    assert not gradient(skip_below=2.0).any()  # no gradient of a logit is more than the loss's
+
+
+@pytest.mark.parametrize("is_exact", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path, is_exact: bool) -> None:
     """Types and shapes that the interpreter lets pass, the compiler does not."""
     types = {"hidden": "*bf16", "weight": "*bf16", "bias": "*bf16", "labels": "*i64"}
     types |= dict.fromkeys(("width", "tokens", "words", "span", "first"), "i32")
-    types |= {"scale": "fp32", "softcap": "fp32"}
+    types |= {"scale": "fp32", "softcap": "fp32", "skip_below": "fp32"}
     constants = {"TOKENS": 128, "WORDS": 128, "WIDTH": 64}
-    constants |= {"HAS_BIAS": True, "HAS_CAP": True, "HAS_SUMS": True}
-    kernels = ["_statistics_kernel", "_hidden_kernel", "_weight_kernel"]
+    constants |= {"HAS_BIAS": True, "HAS_CAP": True, "HAS_SUMS": True, "IS_EXACT": is_exact}
+    kernels = ["_statistics_kernel"] if is_exact else []
+    kernels += ["_hidden_kernel", "_weight_kernel"]
     found = compiled_for_a_gpu(tmp_path, in_triton.__name__, kernels, types, constants)
     assert found == kernels
