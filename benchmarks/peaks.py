@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-__all__ = ["Measured", "measured"]
+__all__ = ["Measured", "measured", "most"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ def measured(step: Callable[[], Tensor]) -> Measured:
     before, started = _forget_peak(), time.perf_counter()
     loss = step()
     return Measured(loss.item(), _peak() - before, time.perf_counter() - started)
+
+
+def most(run: Callable[[], object]) -> int:
+    """The most bytes that a call takes above what is in use; freed memory is given back before."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _forget_peak()
+    run()
+    return _peak() - before
 
 
 def _peak() -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = ["random_bits", "round_stochastically"]
 
 _WORD = 2**32 - 1
+_CHUNK = 2**16  # numbers at a time, whose words stay in the cache of a CPU
 
 
 def round_stochastically(x: Tensor, seed: int, step: Tensor, offset: int = 0) -> Tensor:
@@ -28,11 +29,17 @@ def round_stochastically(x: Tensor, seed: int, step: Tensor, offset: int = 0) ->
     >>> sorted(set(rounded.tolist())), round(float(rounded.float().mean()), 4)
     ([1.0, 1.0078125], 1.0039)
     """
-    place = torch.arange(offset, offset + x.numel(), device=x.device)
-    bits = random_bits(place, seed, step) & 0xFFFF
-    carried = x.contiguous().view(torch.int32).view(-1) + bits.to(torch.int32)
-    rounded = (carried & ~0xFFFF).view(torch.float32).view(x.shape)
-    return rounded.where(x.isfinite(), x).to(torch.bfloat16)
+    result = torch.empty_like(x, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+    size = _CHUNK if x.device.type == "cpu" else max(x.numel(), 1)
+    parts = zip(x.reshape(-1).split(size), result.view(-1).split(size), strict=True)
+    for number, (part, rounded) in enumerate(parts):
+        first = offset + number * size
+        place = torch.arange(first, first + len(part), device=x.device)
+        bits = random_bits(place, seed, step) & 0xFFFF
+        carried = part.contiguous().view(torch.int32) + bits.to(torch.int32)
+        carried = (carried & ~0xFFFF).view(torch.float32)
+        rounded.copy_(carried.where(part.isfinite(), part))
+    return result
 
 
 def random_bits(place: Tensor, seed: int, step: Tensor) -> Tensor:
