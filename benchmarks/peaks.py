@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-__all__ = ["Measured", "measured", "most"]
+__all__ = ["Measured", "forget_peak", "measured", "peak"]
 
 
 @dataclass(frozen=True)
@@ -25,27 +24,19 @@ class Measured:
 
 def measured(step: Callable[[], Tensor]) -> Measured:
     """Run one step."""
-    before, started = _forget_peak(), time.perf_counter()
+    before, started = forget_peak(), time.perf_counter()
     loss = step()
-    return Measured(loss.item(), _peak() - before, time.perf_counter() - started)
+    return Measured(loss.item(), peak() - before, time.perf_counter() - started)
 
 
-def most(run: Callable[[], object]) -> int:
-    """The most bytes that a call takes above what is in use; freed memory is given back before."""
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _forget_peak()
-    run()
-    return _peak() - before
-
-
-def _peak() -> int:
-    """The most memory that this process has taken since ``_forget_peak``."""
+def peak() -> int:
+    """The most memory that this process has taken since ``forget_peak``."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None, "this benchmark reads VmHWM, which Linux has"
     return int(found[1]) * 1024
 
 
-def _forget_peak() -> int:
+def forget_peak() -> int:
     """Start to measure; returns the memory that is in use."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
+    return peak()
