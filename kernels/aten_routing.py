@@ -110,7 +110,11 @@ def pair_dots(x: Tensor, rows: Tensor, order: Tensor, choices: int, some: bool) 
 
 def group_rows(rows: Tensor, table: Tensor) -> Tensor:
     """Reorder rows from (source, expert) to (expert, source)."""
-    return rows.index_select(0, _transposition(table, rows.shape[0]))
+    if rows.device.type != "cpu" or not table.numel():
+        return rows.index_select(0, _transposition(table, rows.shape[0]))
+    parts = rows.split(table.flatten().tolist())  # which elsewhere would stall the device
+    experts = table.shape[1]
+    return torch.cat([part for expert in range(experts) for part in parts[expert::experts]])
 
 
 def ungroup_rows(rows: Tensor, table: Tensor) -> Tensor:

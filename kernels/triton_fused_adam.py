@@ -135,11 +135,13 @@ def _update_kernel(
     tl.store(first + place, mean.to(first.dtype.element_ty), mask=is_there)
     tl.store(second + place, square.to(second.dtype.element_ty), mask=is_there)
     if STOCHASTIC:
-        number = place + offset
+        group, lane = (place + offset) // 8, (place + offset) % 8
         count = tl.full((BLOCK,), 0, dtype=tl.int32) + tl.load(step).to(tl.int32)
-        low, high = (number & 0xFFFFFFFF).to(tl.uint32), (number >> 32).to(tl.uint32)
-        bits, _, _, _ = tl.philox(seed, low, high, count, tl.zeros_like(count))
-        carried = (value.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) >> 16
+        low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
+        a, b, c, d = tl.philox(seed, low, high, count, tl.zeros_like(count))
+        word = tl.where(lane < 4, tl.where(lane < 2, a, b), tl.where(lane < 6, c, d))
+        bits = tl.where(lane % 2 == 0, word, word >> 16) & 0xFFFF
+        carried = (value.to(tl.uint32, bitcast=True) + bits) >> 16
         rounded = carried.to(tl.uint16).to(tl.bfloat16, bitcast=True)
         # Of infinities and nan, nothing is carried; of others, nothing is left to round.
         value = tl.where(tl.abs(value) < float("inf"), rounded.to(tl.float32), value)
