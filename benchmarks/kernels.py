@@ -8,11 +8,12 @@ Each way to compute a thing first has to give the result, and the gradients wher
 plain PyTorch in float64, to the error that its dtype allows. Then all ways take turns, and medians
 are compared: on a CPU, with one thread, of the time that it worked, since others may use the
 machine; with more threads (``--threads``), of the time that passed. A ratio over 1 says that
-moptrace is faster. Memory is the most that is taken beside
-the operands. The last column is the time that the operation would take at the speed of the larger
-of two ceilings, measured in the same run, as a part of moptrace's time: a copy of large tensors,
-and a product of large matrices (by torch.mm: another library may be faster). What cannot be imported, or needs another device, is named below
-the tables. The exit status is 1 where a result is wrong or a limit (``Contest.limits``) is missed.
+moptrace is faster. Memory is the most that is taken beside the operands. The last column is the
+time that the operation would take at the speed of the slower of two ceilings, measured in the same
+run, as a part of moptrace's time: a copy of large tensors, and a product of large matrices by
+``torch.mm``, than which another library may be faster. What cannot be imported, or needs another
+device, is named in the report. The exit status is 1 where a result is wrong or a limit
+(``Contest.limits``, ``most_bytes``) is missed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -86,8 +87,7 @@ def results_of(way: Function, contest: Contest, wide: bool = False) -> list[Tens
         return results
     trained = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     ends = [x for x in results if x.requires_grad]
-    torch.manual_seed(1)
-    upstream = [_upstream(x) for x in ends]
+    upstream = [_upstream(x.shape, x.dtype, x.device) for x in ends]
     return [*(x.detach() for x in results), *torch.autograd.grad(ends, trained, upstream)]
 
 
@@ -97,12 +97,13 @@ def _leaf(x: Any, is_trained: bool, wide: bool) -> Any:
     return (x.double() if wide else x).detach().requires_grad_(is_trained)
 
 
-def _upstream(x: Tensor) -> Tensor:
-    """The gradient of a result: alike, and not a row of another, for each dtype."""
-    if not x.dim():
-        return torch.ones_like(x)
-    row = torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=torch.float64)
-    return row.sin().to(x.dtype).expand_as(x).contiguous()
+@cache
+def _upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The gradient that a result of this shape is given, made once for all ways."""
+    if not shape:
+        return torch.ones(shape, dtype=dtype, device=device)
+    row = torch.linspace(-1, 1, shape[-1], device=device, dtype=torch.float64)
+    return row.sin().to(dtype).expand(shape).contiguous()
 
 
 def error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -613,6 +614,8 @@ def held(
             failures.append(f"{contest.kernel}, {contest.shape}: {name} is wrong by {wrong:.1e}")
         del found
     del truth
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     most = {name: peak(partial(results_of, way, contest), device) for name, way in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -675,7 +678,7 @@ def main() -> None:
             for contest in CONTESTS[name](device, not given.no_compile):
                 failures += held(contest, ceilings, device, given.rounds, table)
                 missing |= {k: why for k, why in contest.others.items() if isinstance(why, str)}
-            gc.collect()
+                _upstream.cache_clear()
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
     facts = [
         f"on {gpu or f'the CPU, {torch.get_num_threads()} threads'}; {versions('torch', 'triton')}",
