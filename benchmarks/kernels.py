@@ -182,6 +182,13 @@ class Ceilings:
         return f"copies {self.copy / 1e9:.3g} GB/s, products {', '.join(products)}"
 
 
+def keep_freed_memory() -> None:
+    """Let the C library reuse what is freed: to fetch it anew costs more than some kernels."""
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+    for option in (trim_threshold, mmap_threshold):
+        mallopt(option, 2**30)
+
+
 def median(run: Callable[[], Any], device: torch.device, rounds: int = 7) -> float:
     run()
     return statistics.median(seconds(run, device) for _ in range(rounds))
@@ -665,6 +672,7 @@ def main() -> None:
     given = parser.parse_args()
     device, console = torch.device(given.device), Console(width=180)
     torch.set_num_threads(given.threads)
+    keep_freed_memory()
     torch.manual_seed(0)
     with console.status("the ceilings"):
         ceilings = Ceilings.of(device)

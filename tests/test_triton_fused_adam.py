@@ -121,6 +121,8 @@ def test_float32_is_bit_by_bit_what_torch_does_on_a_gpu(
     x, grad, moments = values((3_000,), amsgrad=amsgrad)
     ours = run("triton", x, grad, moments, amsgrad=amsgrad, **options)
     if DEVICE == "cuda":
+        if torch.__version__ < "2.13":
+            pytest.skip("earlier versions of torch's kernel have other arithmetic")
         theirs = run("torch", x, grad, moments, amsgrad=amsgrad, **options)
     else:
         arrays = [v.numpy() for v in (x, grad, *moments)]
