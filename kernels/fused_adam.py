@@ -81,7 +81,7 @@ def _(
     wide = [value.to(dtype, copy=True) for value in values]
     _update_alike(*wide, step=step, lr=lr, **options)
     if seed is not None:
-        wide[0] = round_stochastically(wide[0], seed, step, offset)
+        wide[0] = round_stochastically(wide[0].float(), seed, step, offset)
     for value, new in zip((x, *moments), (wide[0], *wide[2:]), strict=True):
         value.copy_(new)
 

@@ -203,6 +203,12 @@ def test_what_needs_no_rounding_stays(by: str) -> None:
     torch.testing.assert_close(new, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_wider_moments_do_not_change_what_is_drawn() -> None:
+    x, grad, moments = values((1_500,), dtype=torch.bfloat16)
+    found = run("torch", x, grad, moments, seed=0)[0]
+    assert (run("torch", x, grad, wide(*moments), seed=0)[0] != found).float().mean() < 0.002
+
+
 def test_only_bfloat16_is_rounded_by_chance() -> None:
     with pytest.raises(ValueError, match="float32"):
         run("torch", *values((3,)), seed=1)
