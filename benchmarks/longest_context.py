@@ -38,8 +38,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from context import TorchRing
-from models import Attention, MoEConfig, MoEDecoder
+from by_hand import Ring
+from models import MoEConfig, MoEDecoder
 from peaks import forget_peak, peak
 from report import publish
 
@@ -81,23 +81,6 @@ def sequence(trial: Trial) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(trial.config.vocabulary, (1, trial.tokens + 1), generator=generator)
     return text[:, :-1], text[:, 1:]
-
-
-class Ring(nn.Module):
-    """The model's attention with torch's ring; the ranks' tokens are in its zig-zag order."""
-
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        self.own = attention
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, shape = self.own, x.shape
-        q, k, v = (
-            p(x).view(*shape[:2], a.heads, -1).transpose(1, 2)
-            for p in (a.q_proj, a.k_proj, a.v_proj)
-        )
-        mixed = TorchRing.apply(q, k, v)
-        return a.o_proj(mixed.transpose(1, 2).reshape(shape))
 
 
 class Again(nn.Module):
