@@ -80,6 +80,7 @@ _GROUPED = (
     Choice("onednn", "cpu", (float32,), _is_wide),
     Choice("torch", "cpu", (float32, bfloat16, float16), _is_native),
     Choice("torch", "cuda", (bfloat16,), _is_native),
+    Choice("triton", "cuda", (float16, bfloat16, float32)),
     Choice("loop"),
 )
 
