@@ -36,6 +36,7 @@ from moptrace.kernels import onednn
 from moptrace.kernels.as_one import Operator, as_one
 from moptrace.kernels.grouped_mm import ROW_MULTIPLE, spans
 from moptrace.kernels.selection import ONEDNN_WIDTH, choose
+from moptrace.kernels.triton_expert_function import Tiled
 
 __all__ = ["ExpertFunction", "ExpertOperator", "Operand", "expert_function"]
 
@@ -43,11 +44,6 @@ aten, ops = torch.ops.aten, torch.ops.moptrace
 
 PRODUCT, OUTER = ops.grouped_mm.default, ops.grouped_outer.default
 EXPERT_ROWS, GROUP_SUM = ops.expert_rows.default, ops.group_sum.default
-
-
-# Rows of an average expert from which it pays to run expert by expert. With fewer, the calls cost
-# more than what the cache saves: benchmarks/step_time.py at 512 tokens (64 rows) and 4,096 (512).
-EXPERTWISE_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,13 +325,11 @@ class ExpertOperator(Operator):
         self._some: dict[tuple[int, ...], tuple[ExpertOperator, tuple[int, ...]]] = {}
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        counts, rows = arguments[0], arguments[self.example].shape[0]
-        if counts.device.type != "cpu":  # traced there, a graph has the grouped kernels one by one
-            return self.whole(*arguments)
-        if is_fake(counts):
+        counts, rows = arguments[0], arguments[self.example]
+        if is_fake(counts) and counts.device.type == "cpu":
             return as_one(self, *arguments)
-        is_many = rows >= EXPERTWISE_ROWS * counts.shape[0]
-        return self.expertwise(arguments) if is_many else self.whole(*arguments)
+        # Traced for another device, a graph has the grouped kernels one by one.
+        return getattr(self, choose("expert_function", rows, counts))(*arguments)
 
     def shapes(self, *operands: Tensor) -> tuple[Tensor, ...]:
         # The graph's own shapes have two symbols: for the numbers of experts and of rows.
@@ -353,6 +347,12 @@ class ExpertOperator(Operator):
     def whole(self) -> Callable[..., tuple[Tensor, ...]]:
         """All rows at once, by the grouped kernels."""
         return fx.GraphModule(self.constants, self.graph)
+
+    @cached_property
+    def tiled(self) -> Tiled:
+        """All rows at once, by kernels that are written for this graph."""
+        rows = self.graph.find_nodes(op="placeholder")[self.example]
+        return Tiled(self.__name__, self.graph, rows, self.constants)
 
     @cached_property
     def expertwise(self) -> _Expertwise:
@@ -481,7 +481,7 @@ class _Expertwise:
         graph.output(None)
         return fx.GraphModule(self.constants, graph)
 
-    def __call__(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         values: dict[fx.Node, Any] = dict(zip(self.inputs, arguments, strict=True))
         for node in self.before:
             if node.op != "placeholder":

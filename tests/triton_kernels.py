@@ -53,7 +53,8 @@ def triton_interpreter() -> Iterator[None]:
         data = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.int16).numpy()
         return interpreter.TensorHandle(data.view(np.uint16), dtype.scalar)
 
-    with pytest.MonkeyPatch.context() as patches:
+    # A GPU does not warn of what overflows, either.
+    with pytest.MonkeyPatch.context() as patches, np.errstate(all="ignore"):
         patches.setattr(interpreter, "_patch_lang_tensor", patch)
         patches.setattr(
             builder,
