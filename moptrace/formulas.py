@@ -202,6 +202,8 @@ def estimate(
             "ranks with pp=1, or count on the graph with explain()"
         )
     found = model if isinstance(model, Model) else Model(model)
+    if plan.fold_router_weights:
+        found = found.folded
     uses = _Chooser(found, plan, world_size, masters or {}).uses()
     together: Counter[tuple[Mechanism, frozenset[tuple[Symbol, float]]]] = Counter()
     for mechanism, sizes in uses:
@@ -427,7 +429,8 @@ class _Chooser:
         places = balance.places(chunk_sizes(block.experts, (int(ep),))) if balance else 0
         sizes: Sizes = {
             of.E: block.experts, of.k: block.choices, of.H: block.width, of.O: block.combined,
-            of.F: block.sent, of.Q: block.returned, of.J: block.between, of.m: block.weighed,
+            of.F: block.sent, of.f: block.widest, of.Q: block.returned, of.q: block.needed,
+             of.J: block.between, of.m: block.weighed,
             of.S: competing, of.K: chunks, of.rho: bool(plan.recompute_experts), of.sigma: share,
             of.scored: dropping is not None and dropping.by == "probability",
             of.places: places, of.guest: block.parameters / etp, of.etp: etp,
@@ -450,7 +453,8 @@ class _Chooser:
         if ep > 1:
             yield use(of.SLOTS if padded else of.EXPERTS)
         if etp > 1:
-            rows: Sizes = {of.F: gathered, of.Q: added}
+            beside = block.sent - block.widest
+            rows: Sizes = {of.F: gathered, of.f: gathered - beside, of.Q: added}
             mechanism = of.HIDDEN_SLOTS if padded else of.HIDDEN
             yield self._use(mechanism, tokens, block.itemsize, sizes | rows)
         if plan.expert_tokens is not None:

@@ -70,8 +70,10 @@ j = _symbol("j", "ranks to which keys travel: cp-1, or fewer in a window")
 z = _symbol("z", "share of a rank's tokens that change places for a ring (zig-zag): 1/2 or 0")
 E = _symbol("E", "experts of a layer")
 k = _symbol("k", "experts that a token chooses")
-F = _symbol("F", "features of a row on its way to an expert")
+F = _symbol("F", "features of a row on its way to an expert, with weights that go with it")
+f = _symbol("f", "the same without these")
 Q = _symbol("Q", "features of a row on its way back")
+q = _symbol("q", "those that backward needs: none where weights go with the row instead")
 V = _symbol("V", "words of a vocabulary")
 v = _symbol("v", "words of the next rank on a ring, about V/vp")
 J = _symbol("J", "features of the results of an expert's first products: twice I, with a gate")
@@ -274,8 +276,8 @@ EXPERTS = Mechanism(
         ),
         Sent("exchange_counts", _times * K * (ep - 1) * Max(_own, places) * i),
     ),
-    kept=(1 - rho) * (_rows * (Piecewise((F, etp < 2), (0, True)) + Q) * b + ep * _own * i),
-    buffer=_chunk * Max(F, Q) * b,
+    kept=(1 - rho) * (_rows * (Piecewise((F, etp < 2), (0, True)) + q) * b + ep * _own * i),
+    buffer=_chunk * Max(f, Q) * b,
     source="Folding, arXiv 2504.14960, section 3: N*k*H*b each way",
 )
 FUNCTION = Mechanism(
@@ -287,7 +289,7 @@ FUNCTION = Mechanism(
 BOUND = Mechanism(
     "experts: chunks of tokens",
     (),
-    buffer=_cards * k * ceiling(n / K) * F * b,
+    buffer=_cards * k * ceiling(n / K) * f * b,
     source="FEMP, arXiv 2609.14306, Eq. 1: at most ep*k*c rows come, for any router",
 )
 SLOTS = Mechanism(
@@ -296,8 +298,8 @@ SLOTS = Mechanism(
         Sent("send_slots", _all_to_all(ep, E * C * F * b), _all_to_all(ep, E * C * Q * b)),
         Sent("return_slots", _all_to_all(ep, E * C * Q * b), _all_to_all(ep, E * C * F * b)),
     ),
-    kept=E * C * (Piecewise((F, etp < 2), (0, True)) + Q) * b,
-    buffer=Max(_slots * F, E * C * Q) * b,
+    kept=E * C * (Piecewise((F, etp < 2), (0, True)) + q) * b,
+    buffer=Max(_slots * f, E * C * Q) * b,
     source="GShard, 2020, section 3.2; Folding, arXiv 2504.14960, section 3.3",
 )
 HIDDEN = Mechanism(
@@ -318,7 +320,7 @@ HIDDEN = Mechanism(
         Sent("all_gather", _times * K * (etp - 1) * Max(_own, places) * i),
     ),
     kept=(1 - rho) * etp * (_rows * F * b + _own * i),
-    buffer=etp * _chunk * Max(F, Q) * b,
+    buffer=etp * _chunk * Max(f, Q) * b,
     source="Folding, arXiv 2504.14960, section 3: AG-V and RS-V along etp",
 )
 HIDDEN_SLOTS = Mechanism(
@@ -328,7 +330,7 @@ HIDDEN_SLOTS = Mechanism(
         Sent("reduce_scatter_slots", (etp - 1) * _slots * Q * b, (etp - 1) * _slots * F * b),
     ),
     kept=etp * _slots * F * b,
-    buffer=_slots * Max(etp * F, Q) * b,
+    buffer=_slots * Max(etp * f, Q) * b,
     source="Folding, arXiv 2504.14960, section 3.3",
 )
 GATHERED = Mechanism(

@@ -48,6 +48,9 @@ class Plan:
     router does. ``expert_chunks`` says which tokens a chunk has, ``"strided"`` or ``"contiguous"``.
     ``recompute_experts``: backward sends and computes each chunk's rows again instead of keeping
     them; by default where there are several chunks.
+    ``fold_router_weights``: multiply each row with its router's weight before the last product of
+    its expert rather than after it; backward then keeps none of the experts' results, which are
+    ``k`` rows for each token.
     ``dropping``: a capacity for each expert, and what happens to the tokens beyond it; by default
     none, and no token is dropped.
     ``balance``: where some ranks of ``ep`` get many more rows than others, send rows and their
@@ -82,6 +85,7 @@ class Plan:
     expert_tokens: int | None = None
     expert_chunks: str = "strided"
     recompute_experts: bool | None = None
+    fold_router_weights: bool = False
     dropping: Dropping | None = None
     balance: Balance | None = None
     count_tokens: bool = False

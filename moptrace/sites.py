@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,7 @@ from moptrace.passes.causal_convolutions import causal_convolutions
 from moptrace.passes.context_parallel import HEADS, TOKENS, context_parallel
 from moptrace.passes.drop_tokens import rows_of
 from moptrace.passes.expert_tensor_parallel import expert_tensor_parallel
+from moptrace.passes.fold_router_weights import fold_router_weights
 from moptrace.passes.fuse_embedding import is_lookup
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary, fusions
 from moptrace.passes.place import place
@@ -108,7 +110,8 @@ class Block:
     """One dispatch of tokens to experts; ``first`` of those that share their choices.
 
     ``sent`` and ``returned`` are the features of a row on its way to the experts and back,
-    ``combined`` those of what a token gets. ``weighed`` is how many operators take the weights of
+    ``widest`` those sent at once, ``needed`` those returned that backward needs, and ``combined``
+    those of what a token gets. ``weighed`` is how many operators take the weights of
     the choices. ``between`` are the features of the results of the experts' first products, and
     ``parameters`` the bytes of what one expert has.
     """
@@ -121,7 +124,9 @@ class Block:
     width: int
     itemsize: int
     sent: float
+    widest: float
     returned: float
+    needed: float
     weighed: int
     combined: int
     between: int
@@ -226,6 +231,13 @@ class Model:
         self._found: dict[tuple[str, bool], tuple[Change, ...]] = {}
 
     @cached_property
+    def folded(self) -> Model:
+        """The sites of the program with the weights of routers inside of the experts."""
+        model = Model(self.program)
+        model.program = fold_router_weights()(self.program)
+        return model
+
+    @cached_property
     def batch(self) -> tuple[int, int]:
         """The number of sequences, and of tokens in each; 1 where inputs have none."""
         sequences, length = batch_sizes([x.shape for x in self.program.signature.inputs])
@@ -267,17 +279,15 @@ class Model:
         return tuple(found)
 
     @cached_property
-    def _routes(self) -> Mapping[str, tuple[float, float]]:
-        """For each dispatch the features of a row that go to experts, and that come back."""
-        found: dict[str, tuple[float, float]] = {}
+    def _routes(self) -> Mapping[str, _Route]:
+        found: dict[str, _Route] = defaultdict(_Route)
         for node in _placed(self.program, Layout.of(2, ep=2)).nodes:
             if node.target is route:
                 rows, counts = node.all_input_nodes
                 dispatch = counts.all_input_nodes[0].name
-                there, back = found.get(dispatch, (0, 0))
                 arrives = parse_kind(str(node.args[4])) == Rows("expert")
-                width = _features(rows)
-                found[dispatch] = (there + width, back) if arrives else (there, back + width)
+                route_ = found[dispatch]
+                (route_.there if arrives else route_.back).append(_features(rows))
         return found
 
     @cached_property
@@ -389,11 +399,20 @@ def _attention(model: fx.Node, node: fx.Node) -> Attention:
     )
 
 
-def _block(dispatch: fx.Node, first: bool, routes: Mapping[str, tuple[float, float]]) -> Block:
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """The features of a row that go to its expert, and that come back, each time that some do."""
+
+    there: list[float] = field(default_factory=list)
+    back: list[float] = field(default_factory=list)
+
+
+def _block(dispatch: fx.Node, first: bool, routes: Mapping[str, _Route]) -> Block:
     x, chosen = (roles.tensor(node) for node in dispatch.all_input_nodes[:2])
     rows = rows_of([dispatch])
     ends = [node for node in rows if node.target is ops.combine.default]
-    weights: list[Any] = [n.args[2] for n in ends]
+    weighing = [n for n in ends if n.args[2].target is not aten.ones.default]  # type: ignore[union-attr]
+    weights: list[Any] = [n.args[2] for n in weighing]
     weights += [n.args[0] for n in rows if n.target is _PAIR_ROWS]
     products = [node for node in rows if node.target is _PRODUCT]
     first_ones = [n for n in products if not ancestors([n.args[0]]) & {*products}]  # type: ignore[list-item]
@@ -401,7 +420,7 @@ def _block(dispatch: fx.Node, first: bool, routes: Mapping[str, tuple[float, flo
     taken += [n.args[0] for n in rows if n.target is ops.expert_rows.default]
     needed = {x for x in ancestors(taken) if x.op == "placeholder"}  # type: ignore[arg-type]
     experts: int = dispatch.args[2]  # type: ignore[assignment]
-    sent, returned = routes.get(dispatch.name, (0, 0))
+    path = routes.get(dispatch.name, _Route())
     return Block(
         name=dispatch.name,
         first=first,
@@ -410,8 +429,10 @@ def _block(dispatch: fx.Node, first: bool, routes: Mapping[str, tuple[float, flo
         experts=experts,
         width=x.shape[-1],
         itemsize=x.element_size(),
-        sent=sent,
-        returned=returned,
+        sent=sum(path.there),
+        widest=max(path.there, default=0),
+        returned=sum(path.back),
+        needed=sum(path.back) if weighing else 0,
         weighed=len({*weights}),
         combined=sum(roles.tensor(end).shape[-1] for end in ends),
         between=sum(roles.tensor(n).shape[-1] for n in first_ones),

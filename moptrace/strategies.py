@@ -486,7 +486,7 @@ def plans(world_size: int, length: int = 1, layers: int = 1) -> SearchStrategy[P
     divides the length, each way to attend, the vocabulary over all ranks or some, dense weights
     copied or not, experts alike or sharded over ``edp``, the loss from whole logits or from blocks
     of them, embeddings gathered or looked up where their rows are, tokens sent to their experts at
-    once or in chunks, kept for backward or not, gathered instead, dropped beyond a capacity, or
+    once or in chunks, kept for backward or not, weighed in their experts, gathered instead, dropped beyond a capacity, or
     lent with their experts. A plan that does not fit is changed where it says so.
     """
     st = _hypothesis()
@@ -555,6 +555,7 @@ def _plans_of_stage(world_size: int, length: int) -> SearchStrategy[Plan]:
         expert_tokens=st.sampled_from([None, 17, 40]),
         expert_chunks=st.sampled_from(["strided", "contiguous"]),
         recompute_experts=st.sampled_from([None, True, False]),
+        fold_router_weights=st.booleans(),
     )
 
 

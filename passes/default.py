@@ -16,6 +16,7 @@ from moptrace.passes.context_parallel import context_parallel
 from moptrace.passes.count_tokens import count_tokens
 from moptrace.passes.drop_tokens import drop_tokens, group_tokens
 from moptrace.passes.expert_tensor_parallel import expert_tensor_parallel
+from moptrace.passes.fold_router_weights import fold_router_weights
 from moptrace.passes.fuse_embedding import fuse_embedding
 from moptrace.passes.fuse_experts import fuse_experts
 from moptrace.passes.fuse_vocabulary import fuse_vocabulary
@@ -70,6 +71,7 @@ def sharded(
     return chain(
         compute_routers(policy.router_dtype),
         drop_tokens(plan.dropping, layout),
+        fold_router_weights(plan.fold_router_weights),
         *([count_tokens()] if plan.count_tokens else []),
         tensor_parallel(layout),
         expert_tensor_parallel(layout),

@@ -63,6 +63,7 @@ PLANS: tuple[tuple[str, int, Plan], ...] = (
     (QWEN, 4, Plan(ep=2, dispatcher="all-gather")),
     (QWEN, 4, Plan(ep=2, etp=2, dropping=PADDED)),
     (QWEN, 4, Plan(ep=2, etp=2, balance=Balance())),
+    (QWEN, 4, Plan(ep=2, etp=2, fold_router_weights=True)),
 )
 RARE = [p for p in PLANS if p[0] == OLMOE or p[1] == 12 or p[2].tp == 4]
 # Those are enough for every mechanism; these are for their combinations.
