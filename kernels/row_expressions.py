@@ -22,7 +22,8 @@ __all__ = ["Apply", "Columns", "Expression", "Leaf", "Literal", "Reader", "leave
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
-EXPERT_ROWS = ops.expert_rows.default
+EXPERT_ROWS, TOKEN_ROWS = ops.expert_rows.default, ops.token_rows.default
+REPEATED = (EXPERT_ROWS, TOKEN_ROWS)  # rows that are read where the one that they repeat lies
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -136,7 +137,7 @@ class Reader:
         left = [node]
         while left:
             x = left.pop()
-            if x in self.inline and x.target is not EXPERT_ROWS:
+            if x in self.inline and x.target not in REPEATED:
                 left += [y for y in reversed(x.all_input_nodes) if self._has_columns(y)]
             else:
                 found[x] = None
@@ -151,7 +152,7 @@ class Reader:
         if node not in self.inline:
             return Leaf(node, columns.step, columns.start)
         xs: Any = node.args
-        if node.target is EXPERT_ROWS:
+        if node.target in REPEATED:
             return Leaf(node, columns.step, columns.start)
         if node.target in _MOVES:
             move = _MOVES[node.target](node)
@@ -184,8 +185,8 @@ class Reader:
         tensors = [x for x in (node, *node.all_input_nodes) if _is_tensor(x)]
         dtypes = {x.meta["val"].dtype for x in tensors if x is node or x not in self.inline}
         width_of(node)
-        if node.target is EXPERT_ROWS:
-            return node.meta["val"].dtype in FLOATS
+        if node.target in REPEATED:  # not where some rows are of no token
+            return node.meta["val"].dtype in FLOATS and True not in node.args
         own = node.meta["val"].dtype
         if not dtypes - {own} <= {*FLOATS} or own not in (*FLOATS, torch.bool):
             return False

@@ -92,7 +92,7 @@ _GROUPED = (
 EXPERTWISE_ROWS = 128
 
 
-def _is_many(rows: Tensor, counts: Tensor) -> bool:
+def _is_many(_: Tensor, rows: Tensor, counts: Tensor) -> bool:
     return rows.shape[0] >= EXPERTWISE_ROWS * counts.shape[0]
 
 

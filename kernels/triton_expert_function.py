@@ -36,6 +36,8 @@ from moptrace.kernels.as_one import Operator, as_one
 from moptrace.kernels.row_expressions import (
     EXPERT_ROWS,
     FLOATS,
+    REPEATED,
+    TOKEN_ROWS,
     Columns,
     Cut,
     Expression,
@@ -167,7 +169,9 @@ class Tiled:
         return list(dict.fromkeys(group_of.values()))
 
     def _may_be_result(self, node: fx.Node) -> bool:
-        is_wanted = node in self.whole and node in self.reader.inline
+        is_wanted = (
+            node in self.whole and node in self.reader.inline and node.target not in REPEATED
+        )
         return (is_wanted or self._sums_a_row(node)) and node.meta["val"].dtype in FLOATS
 
     def _sums_a_row(self, node: fx.Node) -> bool:
@@ -181,7 +185,7 @@ class Tiled:
     def _made(self, result: fx.Node) -> list[fx.Node]:
         """What a node is computed from that is neither a parameter nor given."""
         leaves = self.reader.leaves(_expressed(result))
-        return [x for x in leaves if x.op == "call_function" and x.target is not EXPERT_ROWS]
+        return [x for x in leaves if x.op == "call_function" and x.target not in REPEATED]
 
     def _homes(self, node: fx.Node, group_of: dict[fx.Node, _Group]) -> Iterator[_Group]:
         """The kernels that might compute a node: that of the last product that it follows from.
@@ -261,13 +265,13 @@ class Tiled:
 
     def _products_kernel(self, group: _Group) -> RowKernel | None:
         read = self._while_loading(group.products[0].args[0])
-        if not group.results and isinstance(read, Leaf):
+        if not group.results and _is_there(read):
             return None  # a product with nothing around it
         return RowKernel(self._arranged(group), group.products, (read,))
 
     def _outer_kernel(self, node: fx.Node) -> RowKernel | None:
         read = tuple(map(self._while_loading, node.args[:2]))
-        if not _is_narrow(node) or all(isinstance(x, Leaf) for x in read):
+        if not _is_narrow(node) or all(map(_is_there, read)):
             return None
         return RowKernel((Result(node, ()),), (node,), read)
 
@@ -351,6 +355,11 @@ def _is_narrow(product: fx.Node) -> bool:
     return len(dtypes) == 1 and dtypes <= {*FLOATS}
 
 
+def _is_there(read: Expression) -> bool:
+    """Whether all rows lie in memory as a product takes them."""
+    return isinstance(read, Leaf) and read.node.target not in REPEATED
+
+
 def _share_rows(a: fx.Node, b: fx.Node) -> bool:
     return a.args[0] is b.args[0] and a.args[2] is b.args[2]
 
@@ -392,11 +401,14 @@ class RowKernel(Operator):
         self.sums = [x for x in leaves if x.node in products]
         loads = [x for e in read for x in leaves_of(e)] + [x for x in leaves if x not in self.sums]
         # The first operand after the counts has all rows.
+        self.gathers = list(dict.fromkeys(_gather(x.node) for x in loads if _is_gathered(x.node)))
         self.rows = list(dict.fromkeys(x.node for x in loads if not _is_part(x)))
         self.parts = list(dict.fromkeys(_parameter(x) for x in loads if _is_part(x)))
         self.weights: list[Any] = list(dict.fromkeys(x.node.args[1] for x in self.sums))
         counts: Any = products[0].args[2]
-        self.operands: list[fx.Node] = [counts, *self.rows, *self.parts, *self.weights]
+        orders: list[Any] = [order for order, _ in self.gathers]
+        memory: list[Any] = [x.args[0] if _is_gathered(x) else x for x in self.rows]
+        self.operands: list[fx.Node] = [counts, *orders, *memory, *self.parts, *self.weights]
         factor = products[0].all_input_nodes[0]
         self.dtype: torch.dtype = factor.meta["val"].dtype
         self.inside = width_of(factor)
@@ -474,6 +486,8 @@ class RowKernel(Operator):
     def arguments(self) -> list[str]:
         """What the kernel is given of its operands, and where it writes."""
         found: list[str] = []
+        for i in range(len(self.gathers)):
+            found += [f"o{i}", f"o{i}_step", f"o{i}_column"]
         for i in range(len(self.rows)):
             found += [f"x{i}", f"x{i}_step", f"x{i}_column"]
         for i in range(len(self.parts)):
@@ -484,7 +498,9 @@ class RowKernel(Operator):
 
     def legend(self) -> Iterator[str]:
         """Which node of the graph every name stands for."""
-        for letter, nodes in (("x", self.rows), ("p", self.parts), ("w", self.weights)):
+        orders = [order for order, _ in self.gathers]
+        named = (("o", orders), ("x", self.rows), ("p", self.parts), ("w", self.weights))
+        for letter, nodes in named:
             for i, node in enumerate(nodes):
                 yield f"{letter}{i}: {node.name}"
         for i, result in enumerate(self.results):
@@ -500,6 +516,16 @@ def _matrix(x: Tensor) -> tuple[Tensor, int, int]:
 def _is_part(leaf: Leaf) -> bool:
     """Whether what is read are an expert's parameters, and not its rows."""
     return leaf.node.target is EXPERT_ROWS
+
+
+def _is_gathered(node: fx.Node) -> bool:
+    return node.target is TOKEN_ROWS
+
+
+def _gather(node: fx.Node) -> tuple[fx.Node, int]:
+    """The order by which rows are gathered, and how many rows a token has in it."""
+    _, order, choices = node.args[:3]
+    return order, max(choices, 1)  # type: ignore[return-value,type-var]
 
 
 def _parameter(leaf: Leaf) -> Any:
@@ -561,8 +587,10 @@ class _Tile:
             name = f"p{self.kernel.parts.index(_parameter(leaf))}"
             place, mask = f"{name} + expert * {name}_step", ""
         else:
-            name = f"x{self.kernel.rows.index(leaf.node)}"
-            place, mask = f"{name} + row[:, None] * {name}_step", "is_row[:, None]"
+            name, row = f"x{self.kernel.rows.index(leaf.node)}", "row"
+            if _is_gathered(leaf.node):
+                row = f"token{self.kernel.gathers.index(_gather(leaf.node))}"
+            place, mask = f"{name} + {row}[:, None] * {name}_step", "is_row[:, None]"
         if _is_part(leaf) or leaf.step:
             mask = " & ".join(filter(None, (mask, f"is_{self.column}[None, :]")))
         if leaf.step:
@@ -570,6 +598,12 @@ class _Tile:
         elif leaf.start:
             place += f" + {leaf.start} * {name}_column"
         return f"tl.load({place}, mask={mask}, other=0.0)"
+
+    def gather(self) -> None:
+        """Which token each row is of."""
+        for i, (_, choices) in enumerate(self.kernel.gathers):
+            divided = f" // {choices}" if choices > 1 else ""
+            self.say(f"token{i} = tl.load(o{i} + row * o{i}_step, mask=is_row, other=0){divided}")
 
     def at(self, step: int, start: int) -> str:
         """Which columns of a node those of the tile are."""
@@ -600,6 +634,7 @@ def _of_products(kernel: RowKernel) -> Iterator[str]:
     outer.say("if stop == 0:")
     outer.say("    return")
     outer.say("is_row = row < stop")
+    outer.gather()
     outer.say("column = block * COLUMNS + tl.arange(0, COLUMNS)")
     outer.say(f"is_column = column < {kernel.width}")
     outer.say("is_there = is_row[:, None] & is_column[None, :]")
@@ -651,6 +686,7 @@ def _of_outer(kernel: RowKernel) -> Iterator[str]:
     right = _Tile(kernel, lines, "        ", "column", "b")
     left.say("row = start + tl.arange(0, ROWS).to(tl.int64)")
     left.say("is_row = row < stop")
+    left.gather()
     left.say(f"a = {left.factor(kernel.read[0], 'ROWS, HEIGHT')}")
     right.say(f"b = {right.factor(kernel.read[1], 'ROWS, WIDTH')}")
     left.say('total = tl.dot(tl.trans(a), b, total, input_precision="ieee")')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -130,16 +131,35 @@ def gate_and_up_apart(w: Writer) -> ExpertFunction:
     return w.made(w.linear(w(aten.mul.Tensor, w(aten.silu.default, gate), up), w.f, w.d))
 
 
+def gathered(w: Writer, choices: int = 1, some: bool = False) -> ExpertFunction:
+    """Rows are copies of tokens that are made where they are used."""
+    w.operands[0] = replace(w.operands[0], kind="tokens")
+    order = w.operand("rows", dtype=torch.int64)
+    w.rows = w(ops.token_rows.default, w.rows, order, choices, some)
+    gate, up = w.halves(w.linear(w.rows, w.d, 2 * w.f))
+    return w.made(w.linear(w(aten.mul.Tensor, w(aten.silu.default, gate), up), w.f, w.d))
+
+
+def gathered_for_some(w: Writer) -> ExpertFunction:
+    """Not every token has a row for each of its choices."""
+    return gathered(w, 2, True)
+
+
 FUNCTIONS = (
     swiglu, clamped_with_biases, squared_relu, three_products_and_two_results, one_weight_twice,
-    in_a_wider_type, scaled_for_all, normalised, interleaved, gate_and_up_apart,
+    in_a_wider_type, scaled_for_all, normalised, interleaved, gate_and_up_apart, gathered,
+    gathered_for_some,
 )  # fmt: skip
 
 
 def leaves(function: ExpertFunction, counts: list[int]) -> list[Tensor]:
+    """Operands, of as many tokens as there are rows; integers are an order of these."""
     torch.manual_seed(0)
-    first = {"rows": [sum(counts)], "experts": [len(counts)], "all": []}
+    rows = sum(counts)
+    first = {"rows": [rows], "experts": [len(counts)], "all": [], "tokens": [rows]}
     return [
         torch.randn(*first[x.kind], *x.shape, dtype=x.dtype).requires_grad_()
+        if x.dtype.is_floating_point
+        else torch.randperm(rows)
         for x in function.operands
     ]

@@ -19,6 +19,7 @@ from expert_graphs import (
     FUNCTIONS,
     Writer,
     gate_and_up_apart,
+    gathered,
     interleaved,
     leaves,
     normalised,
@@ -59,7 +60,8 @@ def gradients(run: Callable[..., Any], counts: list[int], xs: list[Tensor]) -> l
     results = results if isinstance(results, tuple) else (results,)
     torch.manual_seed(1)
     of_results = [torch.randn(y.shape, device=DEVICE).to(y.dtype) for y in results]
-    return [*results, *torch.autograd.grad(results, xs, of_results)]
+    trained = [x for x in xs if x.requires_grad]
+    return [*results, *torch.autograd.grad(results, trained, of_results)]
 
 
 def eager(function: ExpertFunction, counts: list[int], xs: list[Tensor]) -> list[Tensor]:
@@ -71,7 +73,8 @@ def eager(function: ExpertFunction, counts: list[int], xs: list[Tensor]) -> list
 
 
 def operands(function: ExpertFunction, counts: list[int]) -> list[Tensor]:
-    return [x.detach().to(DEVICE).requires_grad_() for x in leaves(function, counts)]
+    found = leaves(function, counts)
+    return [x.detach().to(DEVICE).requires_grad_(x.requires_grad) for x in found]
 
 
 @every_function
@@ -138,6 +141,22 @@ def test_the_same_bits_each_time() -> None:
         gradients(function, COUNTS, xs), gradients(function, COUNTS, xs), strict=True
     ):
         assert torch.equal(have, want)
+
+
+def test_rows_are_gathered_where_they_are_multiplied() -> None:
+    function = gathered(Writer(20, 24, torch.float32), choices=2)
+    assert calls(function.forward) == ["kernel", "product"]
+    torch.manual_seed(0)
+    xs = operands(function, COUNTS)
+    xs[0] = torch.randn(sum(COUNTS) // 2, 20, device=DEVICE, requires_grad=True)
+    found = gradients(function, COUNTS, xs)
+    for have, want in zip(found, eager(function, COUNTS, xs), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-3)
+    both = calls(function.backward)
+    assert "moptrace.token_rows.default" not in both and both.count("kernel") == 2
+    with torch.no_grad():
+        kept = function.forward(torch.tensor(COUNTS, device=DEVICE), *xs)[1:]
+    assert [x.shape[1] for x in kept] == [48], "the products, and no rows"
 
 
 ROW_SUM = ["aten.sum.dim_IntList", "aten._to_copy.default"]  # of its parts, in float32
