@@ -219,7 +219,8 @@ def _differentiated(
     # Autograd makes real tensors of numbers, such as the zero of a clamp's gradient.
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
-    rows, experts, tokens = mode.from_tensor(torch.empty(11, 5, 7), symbolic_context=free).shape
+    example = torch.empty(11, 5, 7, dtype=torch.int64)
+    rows, experts, tokens = mode.from_tensor(example, symbolic_context=free).shape
     first: dict[str, list[Any]] = {
         "rows": [rows], "experts": [experts], "all": [], "tokens": [tokens]
     }  # fmt: skip

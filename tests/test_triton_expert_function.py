@@ -218,6 +218,19 @@ def test_a_sum_over_a_row_divides_kernels() -> None:
     ]
 
 
+def test_columns_that_are_not_there_are_in_no_sum() -> None:
+    """A tile is wider than the last columns, and exp(0) is not zero."""
+    w = Writer(20, 24, torch.float32)
+    powers = w(aten.exp.default, w.linear(w.rows, w.d, w.f))
+    share = w(aten.div.Tensor, powers, w(aten.sum.dim_IntList, powers, [1], True))
+    function = w.made(w.linear(share, w.f, w.d))
+    assert calls(function.forward) == ["kernel", ROW_SUM[0], "kernel"]
+    xs = operands(function, COUNTS)
+    found = gradients(function, COUNTS, xs)
+    for have, want in zip(found, eager(function, COUNTS, xs), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-3)
+
+
 def test_an_operator_without_a_text_stays_what_it_was() -> None:
     w = Writer(20, 24, torch.float32)
     hidden = w(aten.cumsum.default, w.linear(w.rows, w.d, w.f), 1)
