@@ -12,6 +12,10 @@ replicated and their gradients summed by one flat all-reduce. What makes it fast
 - weight gradients are written in place, one expert at a time, with no zero fill;
 - the matmul is the faster of ATen's (MKL) and oneDNN's, measured at start: oneDNN's is twice as
   fast on some processors.
+
+Where the vocabulary is large, its words are split over the ranks too, and the loss is that of
+Megatron-LM: every rank has the logits of all tokens for its own words. Where ranks share a long
+sequence, attention is torch's ring.
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import Experts, MoEConfig, MoEDecoder
+from context import TorchRing
+from models import Attention, Experts, MoEConfig, MoEDecoder
 
-__all__ = ["ByHand", "FastExperts", "choose_matmul"]
+__all__ = ["ByHand", "FastExperts", "Ring", "choose_matmul"]
 
 Matmul = Callable[[Tensor, Tensor, Tensor], None]
 Sizes = list[list[int]]
@@ -282,15 +287,94 @@ class SplitExperts(Experts):
         return Combine.apply(rows, weights, order, inverse)
 
 
+class SplitLoss(torch.autograd.Function):
+    """The mean loss of all ranks' tokens, of which this rank has its own, over its share of words.
+
+    The gradient is that of the mean over this rank's tokens, as that of a loss of its own would be.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        ranks, words = dist.get_world_size(), weight.size(0)
+        every = x.new_empty(ranks * x.size(0), x.size(1))
+        dist.all_gather_into_tensor(every, x.contiguous())
+        chosen = labels.new_empty(ranks * labels.size(0))
+        dist.all_gather_into_tensor(chosen, labels.contiguous())
+        chosen = chosen - dist.get_rank() * words
+        token = ((chosen >= 0) & (chosen < words)).nonzero().flatten()
+        place = token, chosen[token]
+        logits = every @ weight.t()
+        top = logits.amax(1)
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+        logits -= top.unsqueeze(1)
+        sums = logits.new_zeros(2, logits.size(0))
+        sums[0, token] = logits[place]
+        probability = logits.exp_()
+        torch.sum(probability, 1, out=sums[1])
+        dist.all_reduce(sums)
+        probability /= sums[1].unsqueeze(1)
+        probability[place] -= 1
+        ctx.save_for_backward(every, weight, probability)
+        return (sums[1].log() - sums[0]).mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        every, weight, of_logits = ctx.saved_tensors
+        ranks = dist.get_world_size()
+        of_logits = of_logits.mul_(gradient * ranks / every.size(0))
+        of_every = of_logits @ weight
+        of_x = of_every.new_empty(every.size(0) // ranks, every.size(1))
+        dist.reduce_scatter_tensor(of_x, of_every)
+        return of_x, of_logits.t() @ every, None
+
+
+class SplitWords(MoEDecoder):
+    """The decoder with this rank's share of the words."""
+
+    def __init__(self, config: MoEConfig, experts: Callable[[MoEConfig], nn.Module]) -> None:
+        super().__init__(config, experts)
+        words = config.vocabulary // dist.get_world_size()
+        self.head = nn.Linear(config.hidden, words, bias=False)
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        return SplitLoss.apply(x.flatten(0, 1), self.head.weight, labels.flatten())
+
+
+class Ring(nn.Module):
+    """The model's attention with torch's ring; the ranks' tokens are in its zig-zag order."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.heads = attention.heads
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(TorchRing.apply(q, k, v).transpose(1, 2).flatten(2))
+
+
 class ByHand(nn.Module):
     """The decoder with its experts split over the ranks; ``backward`` also reduces gradients.
 
     Takes the weights of ``whole``, the single-device model, which it leaves as it is.
+    ``splits_words``: the ranks share the vocabulary; ``shares``: they share each sequence.
     """
 
-    def __init__(self, config: MoEConfig, whole: MoEDecoder) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        whole: MoEDecoder,
+        splits_words: bool = False,
+        shares: bool = False,
+    ) -> None:
         super().__init__()
-        self.model = MoEDecoder(config, SplitExperts)
+        self.model = (SplitWords if splits_words else MoEDecoder)(config, SplitExperts)
+        for layer in self.model.layers if shares else ():
+            layer.attention = Ring(layer.attention)
         self.ranks, rank = dist.get_world_size(), dist.get_rank()
         split = {
             f"{path}.{name}"
@@ -298,6 +382,8 @@ class ByHand(nn.Module):
             if isinstance(module, SplitExperts)
             for name, _ in module.named_parameters()
         }
+        if splits_words:
+            split.add("head.weight")
         self.dense = [p for name, p in self.model.named_parameters() if name not in split]
         self.model.load_state_dict(
             {

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental._context_parallel import _attention as of_torch
 
-from memory import forget_peak, peak
 from moptrace import Plan, parallelize, rings
+from peaks import forget_peak, peak
 from report import publish
 
 RANKS = 4

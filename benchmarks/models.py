@@ -145,5 +145,8 @@ class MoEDecoder(nn.Module):
         x = self.embedding(input_ids)
         for layer in self.layers:
             x = layer(x)
-        logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return self.loss(self.norm(x), labels)
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """``x [B, T, d]`` and the next tokens to the mean loss."""
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())

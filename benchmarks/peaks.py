@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-__all__ = ["Measured", "measured"]
+__all__ = ["Measured", "forget_peak", "measured", "peak"]
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,19 @@ class Measured:
 
 def measured(step: Callable[[], Tensor]) -> Measured:
     """Run one step."""
-    before, started = _forget_peak(), time.perf_counter()
+    before, started = forget_peak(), time.perf_counter()
     loss = step()
-    return Measured(loss.item(), _peak() - before, time.perf_counter() - started)
+    return Measured(loss.item(), peak() - before, time.perf_counter() - started)
 
 
-def _peak() -> int:
-    """The most memory that this process has taken since ``_forget_peak``."""
+def peak() -> int:
+    """The most memory that this process has taken since ``forget_peak``."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None, "this benchmark reads VmHWM, which Linux has"
     return int(found[1]) * 1024
 
 
-def _forget_peak() -> int:
+def forget_peak() -> int:
     """Start to measure; returns the memory that is in use."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
+    return peak()

@@ -1,10 +1,13 @@
 """Step time of moptrace, FSDP2 and hand-written expert parallelism, side by side in one run.
 
     python benchmarks/step_time.py
+    python benchmarks/step_time.py --shape very-fine coarse large-vocabulary long-context
     python benchmarks/step_time.py --systems fsdp2 by-hand --tokens 512 --no-gate
 
 Four gloo ranks train the model of ``models.py`` from the same weights on the same tokens. moptrace
 does it in three ways: through autograd, and by ``train_step`` as one graph, as it is and compiled.
+``SHAPES`` are the models; in the long context, ranks share one sequence, and FSDP2 and the step by
+hand attend with torch's ring.
 Every system must first give the single-process model's loss, its gradients and its loss after one
 optimizer step to 1e-4; then the systems take turns, so that whatever else the machine does meets
 all of them. FSDP2 is tuned in the same run and its best setting is compared. The exit status is 1
@@ -29,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +46,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import by_hand
-from by_hand import ByHand, FastExperts
+from by_hand import ByHand, FastExperts, Ring
 from models import Experts, MoEConfig, MoEDecoder
 from report import command, device, markdown, versions
 
@@ -54,12 +58,39 @@ COMPILE_LIMIT = 120.0  # seconds
 TRAIN_STEPS = {"train-step": False, "train-step-compiled": True}  # and whether it is compiled
 SYSTEMS = ("fsdp2", "by-hand", "moptrace", *TRAIN_STEPS)
 
-# What moptrace's fastest way must reach, as its speed over another system's, by tokens per rank
-# (None: any).
-GATES: dict[tuple[str, int | None], float] = {
-    ("by-hand", None): 0.95,
-    ("fsdp2", 512): 10.4,
-    ("fsdp2", 4096): 8.2,
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, its tokens per rank, and what moptrace must reach with them.
+
+    ``gates`` are moptrace's fastest way's speed over another system's, by tokens (None: any).
+    ``shares``: the ranks share each sequence. ``splits_words``: by hand, the vocabulary too.
+    """
+
+    config: MoEConfig
+    tokens: tuple[int, ...]
+    gates: dict[tuple[str, int | None], float]
+    shares: bool = False
+    splits_words: bool = False
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        ring = {"cp": RANKS, "context": "ring"} if self.shares else {}
+        words = {"logits_bytes": 0} if self.splits_words else {}
+        return {"ep": RANKS, **ring, **words}
+
+
+BY_HAND: tuple[str, int | None] = ("by-hand", None)
+SHAPES = {
+    "fine": Shape(
+        MoEConfig(), (512, 4096), {BY_HAND: 0.95, ("fsdp2", 512): 10.4, ("fsdp2", 4096): 8.2}
+    ),
+    "very-fine": Shape(MoEConfig(experts=128, top_k=8, expert_hidden=128), (512,), {BY_HAND: 1.0}),
+    "coarse": Shape(MoEConfig(experts=8, expert_hidden=1024), (512,), {BY_HAND: 1.0}),
+    "large-vocabulary": Shape(
+        MoEConfig(experts=8, vocabulary=65536), (512,), {BY_HAND: 1.0}, splits_words=True
+    ),
+    "long-context": Shape(MoEConfig(experts=8), (2048,), {BY_HAND: 1.0}, shares=True),
 }
 
 # The same for every system. Each step allocates its gradients and gathered weights anew. "libc",
@@ -82,13 +113,21 @@ Batch = dict[str, Tensor]
 class Options:
     """What the command line asked for."""
 
-    tokens: tuple[int, ...]
+    shapes: tuple[str, ...]
+    tokens: tuple[int, ...] | None
+    layers: int
     rounds: int
     systems: tuple[str, ...]
-    config: MoEConfig
     allocator: str
     gate: bool
     results: Path
+
+    def cases(self) -> Iterator[tuple[str, Shape, int]]:
+        for name in self.shapes:
+            shape = SHAPES[name]
+            shape = replace(shape, config=replace(shape.config, layers=self.layers))
+            for tokens in self.tokens or shape.tokens:
+                yield name, shape, tokens
 
 
 # ------------------------------------------------------------------------------------- systems
@@ -145,11 +184,13 @@ class Setting:
 class Fsdp2(System):
     """``fully_shard`` on each layer and on the root."""
 
-    def __init__(self, config: MoEConfig, whole: MoEDecoder, setting: Setting) -> None:
-        model = MoEDecoder(config, setting.experts)
+    def __init__(self, shape: Shape, whole: MoEDecoder, setting: Setting) -> None:
+        model = MoEDecoder(shape.config, setting.experts)
         model.load_state_dict(whole.state_dict())
         mesh = init_device_mesh("cpu", (RANKS,))
         for layer in model.layers:
+            if shape.shares:
+                layer.attention = Ring(layer.attention)
             if setting.compiled:
                 layer.compile()
             fully_shard(layer, mesh=mesh, reshard_after_forward=setting.reshard)
@@ -166,8 +207,8 @@ class HandWritten(System):
 
     model: ByHand
 
-    def __init__(self, config: MoEConfig, whole: MoEDecoder) -> None:
-        super().__init__(ByHand(config, whole))
+    def __init__(self, shape: Shape, whole: MoEDecoder) -> None:
+        super().__init__(ByHand(shape.config, whole, shape.splits_words, shape.shares))
 
     def backward(self, batch: Batch) -> Tensor:
         return self.model.backward(**batch)
@@ -179,11 +220,11 @@ class HandWritten(System):
 class Moptrace(System):
     """``moptrace.parallelize`` on the single-device model."""
 
-    def __init__(self, whole: MoEDecoder) -> None:
+    def __init__(self, shape: Shape, whole: MoEDecoder) -> None:
         import moptrace
 
         mesh = init_device_mesh("cpu", (RANKS,))
-        plan = moptrace.Plan(ep=RANKS)
+        plan = moptrace.Plan(**shape.plan)
         self.parallel = moptrace.parallelize(whole, mesh, plan=plan)
         super().__init__(self.parallel)
 
@@ -195,10 +236,10 @@ class Moptrace(System):
 class TrainStep(Moptrace):
     """``moptrace.train_step``: forward, backward and AdamW as one graph."""
 
-    def __init__(self, whole: MoEDecoder, compiled: bool) -> None:
+    def __init__(self, shape: Shape, whole: MoEDecoder, compiled: bool) -> None:
         import moptrace
 
-        super().__init__(whole)
+        super().__init__(shape, whole)
         self.train = moptrace.train_step(self.parallel, self.optimizer, compile=compiled)
 
     def step(self, batch: Batch) -> Tensor:
@@ -228,11 +269,10 @@ class Reference:
     next_loss: float
 
 
-def reference(whole: MoEDecoder, batches: list[Batch]) -> Reference:
-    """Loss, gradients, and the loss after one AdamW step, on the batches of all ranks."""
+def reference(whole: MoEDecoder, batch: Batch) -> Reference:
+    """Loss, gradients, and the loss after one AdamW step, on the batch of all ranks."""
     model = copy.deepcopy(whole)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
     loss = model(**batch)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -292,21 +332,15 @@ def timed_step(system: System, batch: Batch) -> Seconds:
     return Seconds(*times.tolist())
 
 
-def one_round(systems: dict[str, System], batch: Batch) -> Iterator[tuple[str, Seconds]]:
-    """The systems' steps in turn: one of FSDP2, three of each fast system."""
-    for turn in range(3):
-        for name, system in systems.items():
-            if name != "fsdp2" or turn == 0:
-                yield name, timed_step(system, batch)
-
-
 # ------------------------------------------------------------------------------------- one rank
 
 
 @dataclass
 class Outcome:
-    """What one number of tokens per rank gave."""
+    """What one shape and number of tokens per rank gave."""
 
+    name: str
+    shape: Shape
     tokens: int
     disagreements: dict[str, float]
     tuning: dict[str, str]
@@ -326,50 +360,73 @@ class Outcome:
         """The gates that moptrace misses with its fastest way."""
         found: list[str] = []
         ours = [system for system in ("moptrace", *TRAIN_STEPS) if system in self.seconds]
-        for (other, tokens), least in GATES.items():
+        for (other, tokens), least in self.shape.gates.items():
             if ours and other in self.seconds and tokens in (None, self.tokens):
                 ratio, fastest = max((self.ratio(system, other), system) for system in ours)
                 if ratio < least:
                     found.append(
-                        f"{fastest} runs at {ratio:.2f}x the speed of {other} at {self.tokens:,} "
-                        f"tokens, under {least}x"
+                        f"{self.name}: {fastest} runs at {ratio:.2f}x the speed of {other} at "
+                        f"{self.tokens:,} tokens, under {least}x"
                     )
         return found
 
 
-def batches(tokens: int, vocabulary: int) -> list[Batch]:
-    """Each rank's ``[B, T]`` tokens and the labels, the next ones."""
-    length = min(tokens, LENGTH)
+def batches(tokens: int, shape: Shape) -> tuple[Batch, dict[str, list[Batch]]]:
+    """The batch of all ranks, and each rank's, as moptrace and the other systems have it.
+
+    ``[B, T]`` tokens and the labels, the next ones. A sequence that is shared lies in chunks, and
+    for torch's ring in its zig-zag order.
+    """
     generator = torch.Generator().manual_seed(1)
-    shape = (RANKS, tokens // length, length + 1)
-    text = torch.randint(vocabulary, shape, generator=generator)
-    return [{"input_ids": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous()} for t in text]
+    length = RANKS * tokens if shape.shares else min(tokens, LENGTH)
+    size = (RANKS * tokens // length, length + 1)
+    text = torch.randint(shape.config.vocabulary, size, generator=generator)
+    whole = {"input_ids": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
+
+    def parts(x: Tensor) -> list[Tensor]:
+        return [part.contiguous() for part in x.chunk(RANKS, 1 if shape.shares else 0)]
+
+    def zig_zag(x: Tensor) -> Tensor:
+        halves = x.chunk(2 * RANKS, 1)
+        order = [half for rank in range(RANKS) for half in (rank, 2 * RANKS - 1 - rank)]
+        return torch.cat([halves[half] for half in order], 1)
+
+    def of_ranks(whole: Batch) -> list[Batch]:
+        values = zip(*(parts(x) for x in whole.values()), strict=True)
+        return [dict(zip(whole, own, strict=True)) for own in values]
+
+    ordered = {key: zig_zag(x) for key, x in whole.items()} if shape.shares else whole
+    return whole, {"moptrace": of_ranks(whole), "others": of_ranks(ordered)}
 
 
 @dataclass
 class Bench:
-    """All systems at one number of tokens per rank, on one rank."""
+    """All systems at one shape and number of tokens per rank, on one rank."""
 
     options: Options
+    name: str
+    shape: Shape
     tokens: int
     status: Status
 
     def __post_init__(self) -> None:
-        config = self.options.config
-        self.whole = MoEDecoder(config).reset_parameters()
-        every = batches(self.tokens, config.vocabulary)
-        self.batch = every[dist.get_rank()]
+        self.whole = MoEDecoder(self.shape.config).reset_parameters()
+        batch, every = batches(self.tokens, self.shape)
+        self.batches = {key: own[dist.get_rank()] for key, own in every.items()}
         self.say("the single-process model")
-        self.expected = reference(self.whole, every) if dist.get_rank() == 0 else None
+        self.expected = reference(self.whole, batch) if dist.get_rank() == 0 else None
         self.disagreements: dict[str, float] = {}
         self.tuning: dict[str, str] = {}
 
     def say(self, what: str) -> None:
-        self.status.update(f"{self.tokens:,} tokens per rank: {what}")
+        self.status.update(f"{self.name}, {self.tokens:,} tokens per rank: {what}")
+
+    def batch(self, system: System) -> Batch:
+        return self.batches["moptrace" if isinstance(system, Moptrace) else "others"]
 
     def checked(self, name: str, system: System) -> System:
         """The system, once it is known to compute the model's function."""
-        error = disagreement(system, self.expected, self.batch)
+        error = disagreement(system, self.expected, self.batch(system))
         self.disagreements[name] = error
         if not error <= TOLERANCE:
             raise SystemExit(
@@ -379,7 +436,7 @@ class Bench:
 
     def fsdp2(self, setting: Setting) -> System:
         self.say(f"FSDP2, {setting}")
-        return self.checked(f"fsdp2, {setting}", Fsdp2(self.options.config, self.whole, setting))
+        return self.checked(f"fsdp2, {setting}", Fsdp2(self.shape, self.whole, setting))
 
     def tuned_fsdp2(self, no_compile: str | None) -> System:
         """FSDP2 in its fastest setting: each is tried for two steps, one setting at a time."""
@@ -392,7 +449,8 @@ class Bench:
         seconds: dict[Setting, float] = {}
         for setting in settings:
             system = self.fsdp2(setting)
-            seconds[setting] = min(timed_step(system, self.batch).wall for _ in range(2))
+            batch = self.batch(system)
+            seconds[setting] = min(timed_step(system, batch).wall for _ in range(2))
             self.tuning[str(setting)] = f"{seconds[setting] * 1e3:,.0f} ms"
             del system
             gc.collect()
@@ -403,10 +461,17 @@ class Bench:
             return self.tuned_fsdp2(no_compile)
         self.say(name)
         if name == "by-hand":
-            return self.checked(name, HandWritten(self.options.config, self.whole))
+            return self.checked(name, HandWritten(self.shape, self.whole))
         if name in TRAIN_STEPS:
-            return self.checked(name, TrainStep(self.whole, TRAIN_STEPS[name]))
-        return self.checked(name, Moptrace(self.whole))
+            return self.checked(name, TrainStep(self.shape, self.whole, TRAIN_STEPS[name]))
+        return self.checked(name, Moptrace(self.shape, self.whole))
+
+    def one_round(self, systems: dict[str, System]) -> Iterator[tuple[str, Seconds]]:
+        """The systems' steps in turn: one of FSDP2, three of each fast system."""
+        for turn in range(3):
+            for name, system in systems.items():
+                if name != "fsdp2" or turn == 0:
+                    yield name, timed_step(system, self.batch(system))
 
     def measure(self, no_compile: str | None) -> Outcome:
         """Check, tune and time every system."""
@@ -414,13 +479,13 @@ class Bench:
         for name, system in systems.items():
             self.say(f"warming up {name}")
             for _ in range(1 if name == "fsdp2" else 5):
-                system.step(self.batch)
+                system.step(self.batch(system))
         timings: dict[str, list[Seconds]] = {name: [] for name in systems}
         for done in range(self.options.rounds):
             self.say(f"timing, round {done + 1} of {self.options.rounds}")
-            for name, seconds in one_round(systems, self.batch):
+            for name, seconds in self.one_round(systems):
                 timings[name].append(seconds)
-        return Outcome(self.tokens, self.disagreements, self.tuning, timings)
+        return Outcome(self.name, self.shape, self.tokens, self.disagreements, self.tuning, timings)
 
 
 @contextmanager
@@ -443,8 +508,9 @@ def run_rank(rank: int, rendezvous: str, options: Options, no_compile: str | Non
         kernel = by_hand.choose_matmul()
         outcomes: list[Outcome] = []
         with console.status("starting") as status:
-            for tokens in options.tokens:
-                outcomes.append(Bench(options, tokens, status).measure(no_compile))
+            for name, shape, tokens in options.cases():
+                bench = Bench(options, name, shape, tokens, status)
+                outcomes.append(bench.measure(no_compile))
                 console.print(*tables(outcomes[-1]))
         failures = [failure for outcome in outcomes for failure in outcome.failures()]
         if rank == 0:
@@ -457,12 +523,12 @@ def run_rank(rank: int, rendezvous: str, options: Options, no_compile: str | Non
 
 
 def try_compile(rank: int, rendezvous: str, options: Options) -> None:
-    """One compiled FSDP2 step of each size, which also fills the compiler's cache."""
+    """One compiled FSDP2 step of each case, which also fills the compiler's cache."""
     with process_group(rank, rendezvous):
-        whole = MoEDecoder(options.config).reset_parameters()
-        system = Fsdp2(options.config, whole, Setting(reshard=True, compiled=True))
-        for tokens in options.tokens:
-            system.step(batches(tokens, options.config.vocabulary)[rank])
+        for _, shape, tokens in options.cases():
+            whole = MoEDecoder(shape.config).reset_parameters()
+            system = Fsdp2(shape, whole, Setting(reshard=True, compiled=True))
+            system.step(batches(tokens, shape)[1]["others"][rank])
 
 
 def why_no_compile(options: Options) -> str | None:
@@ -488,7 +554,7 @@ def why_no_compile(options: Options) -> str | None:
 
 def tables(outcome: Outcome) -> tuple[Table, ...]:
     """The step times, the ratio of each pair, and how FSDP2 was tuned."""
-    times = Table(title=f"{outcome.tokens:,} tokens per rank")
+    times = Table(title=f"{outcome.name}, {outcome.tokens:,} tokens per rank")
     times.add_column("system")
     for column in ("median ms", "best ms", "worst ms", "CPU ms, all ranks", "tokens/s", "error"):
         times.add_column(column, justify="right")
@@ -527,14 +593,14 @@ def write_results(
         f"- command: `{command()}`",
         f"- device: {device()}; {RANKS} gloo ranks, 1 thread each",
         f"- versions: {versions('torch')}",
-        f"- model: {options.config}; float32",
         f"- timing: {options.rounds} interleaved rounds, medians; AdamW(fused=True) included",
         f"- memory allocator: {options.allocator}; experts by hand: {kernel} matmul",
         f"- verdict: {'; '.join(failures) or 'every check and gate holds'}",
         "",
     ]
     for outcome in outcomes:
-        text += [f"## {outcome.tokens:,} tokens per rank", ""]
+        text += [f"## {outcome.name}, {outcome.tokens:,} tokens per rank", ""]
+        text += [f"{outcome.shape.config}; float32", ""]
         text += [markdown(table) for table in tables(outcome)]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text("\n".join(text))
@@ -542,7 +608,8 @@ def write_results(
 
 def parse() -> Options:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096], help="per rank")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["fine"])
+    parser.add_argument("--tokens", type=int, nargs="+", help="per rank; by default the shape's")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--layers", type=int, default=MoEConfig.layers)
@@ -550,10 +617,11 @@ def parse() -> Options:
     parser.add_argument("--no-gate", action="store_true", help="only report")
     given = parser.parse_args()
     return Options(
-        tokens=tuple(given.tokens),
+        shapes=tuple(given.shape),
+        tokens=tuple(given.tokens) if given.tokens else None,
+        layers=given.layers,
         rounds=given.rounds,
         systems=tuple(name for name in SYSTEMS if name in given.systems),
-        config=MoEConfig(layers=given.layers),
         allocator=given.allocator,
         gate=not given.no_gate,
         results=Path(__file__).parent / "results" / f"step_time-{date.today()}.md",

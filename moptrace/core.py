@@ -350,6 +350,11 @@ def _made_by(program: Program) -> str:
     return " -> ".join(str(p.made_by) if p.made_by else "trace" for p in program.history)
 
 
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """A node's arguments, of whatever type."""
+    return node.args
+
+
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes and everything that they depend on."""
     found: set[fx.Node] = set()

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from moptrace import roles
 from moptrace.core import erase_dead, is_random
 from moptrace.random import draw
+from moptrace.recorder import unwrapped
 from moptrace.roles import Role
 
 __all__ = ["Recording", "Tape", "name_of", "record", "splice", "wrap_draws"]
@@ -124,7 +125,7 @@ def record(
             wrapped = [FunctionalTensor.to_functional(x) for x in tensors]
             results = function(tape, **dict(zip(given, wrapped, strict=True)))
             tape.work_on(Role())
-            return [_plain(x) for x in results]
+            return [unwrapped(x) for x in results]
 
     with mode, torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         traced = make_fx(flat, _allow_non_fake_inputs=True)(*fakes)
@@ -165,14 +166,6 @@ def name_of(value: Any, constants: dict[str, Any]) -> str:
     name = next(n for i in count() if (n := f"constant_{i}") not in constants)
     constants[name] = value
     return name
-
-
-def _plain(x: Tensor) -> Tensor:
-    """The fake tensor within a functional one, with pending writes applied."""
-    if not isinstance(x, FunctionalTensor):
-        return x
-    torch._sync(x)
-    return torch._from_functional_tensor(x.elem)
 
 
 # --- cleaning -------------------------------------------------------------------------------------

@@ -486,8 +486,9 @@ def plans(world_size: int, length: int = 1, layers: int = 1) -> SearchStrategy[P
     divides the length, each way to attend, the vocabulary over all ranks or some, dense weights
     copied or not, experts alike or sharded over ``edp``, the loss from whole logits or from blocks
     of them, embeddings gathered or looked up where their rows are, tokens sent to their experts at
-    once or in chunks, kept for backward or not, weighed in their experts, gathered instead, dropped beyond a capacity, or
-    lent with their experts. A plan that does not fit is changed where it says so.
+    once or in chunks, kept for backward or not, weighed in their experts or after them, gathered
+    instead, dropped beyond a capacity, or lent with their experts. A plan that does not fit is
+    changed where it says so.
     """
     st = _hypothesis()
     stages = [n for n in range(1, layers + 1) if world_size % n == 0]

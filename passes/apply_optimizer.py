@@ -277,16 +277,35 @@ class _Update:
             repr(_plain_state(self.optimizer, parameter)),
         )
         if alike not in self.recipes:
-            recording, keys = self._recorded(group, parameter, examples)
+            recording, keys = self._recording(group, parameter, examples)
             cut = Cut(recording, matrix, split, each)
             name = f"{_identifier(self.kind).lower()}_{len(self.recipes)}"
             function = matrix_function(name, cut) if cut.whole else None
             self.recipes[alike] = _Recipe(cut, keys, function)
         return self.recipes[alike]
 
+    def _recording(
+        self, group: Mapping[str, Any], parameter: Tensor, examples: Mapping[str, Tensor]
+    ) -> _Step:
+        """What ``_recorded`` gives, or gave for an optimizer, a group and tensors like these.
+
+        A step is made again for every shape of the batch, and its updates are the same.
+        """
+        options = {key: x for key, x in group.items() if key not in ("params", "lr", "initial_lr")}
+        told = _told(
+            (_attributes(self.optimizer), options, _plain_state(self.optimizer, parameter))
+        )
+        if told is None:
+            return self._recorded(group, parameter, examples)
+        tensors = ((name, x.shape, x.dtype, x.device) for name, x in examples.items())
+        key = (type(self.optimizer), isinstance(group["lr"], Tensor), told, *tensors)
+        if key not in _recordings:
+            _recordings[key] = self._recorded(group, parameter, examples)
+        return _recordings[key]
+
     def _recorded(
         self, group: Mapping[str, Any], parameter: Tensor, examples: Mapping[str, Tensor]
-    ) -> tuple[Recording, tuple[str, ...]]:
+    ) -> _Step:
         keys: list[str] = []
         step = inspect.unwrap(type(self.optimizer).step)
         self._check_closure(step)
@@ -390,6 +409,26 @@ def _plain_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[st
     return {key: x for key, x in held.items() if not isinstance(x, Tensor)}
 
 
+def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a class of optimizers keeps beside what every optimizer has.
+
+    A scheduler replaces the method ``step``, of which the class's is recorded.
+    """
+    return {key: x for key, x in vars(optimizer).items() if key not in (*_OF_EVERY_ONE, "step")}
+
+
+def _told(x: Any) -> str | None:
+    """A plain value in words; None for one that words may not tell from another."""
+    if x is None or isinstance(x, (bool, int, float, str, torch.dtype, torch.device)):
+        return repr(x)
+    if isinstance(x, dict):
+        x = tuple(x.items())
+    if not isinstance(x, (tuple, list)):
+        return None
+    parts = [_told(part) for part in x]
+    return None if None in parts else f"({', '.join(map(str, parts))})"
+
+
 def _constants(optimizer: Any) -> dict[str, Any]:
     """The values in an optimizer's groups and state that are no tensors, by where they are."""
     found: dict[str, Any] = {}
@@ -474,3 +513,6 @@ def _choice(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable
 
 _CHOICES = {"min": _choice(min, torch.sym_min), "max": _choice(max, torch.sym_max)}
 _FAKE = FakeTensorMode()
+_OF_EVERY_ONE = frozenset(vars(torch.optim.Optimizer([torch.zeros(())], {})))
+_Step = tuple[Recording, tuple[str, ...]]  # what is recorded, and the keys of its state
+_recordings: dict[Any, _Step] = {}

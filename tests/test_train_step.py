@@ -24,7 +24,9 @@ from double import InFloat64
 from gloo import Ranks
 from moptrace import ParallelModule, Plan, Program, errors, parallelize, roles, trace, train_step
 from moptrace.core import chain
+from moptrace.joint import record
 from moptrace.kernels.expert_function import ExpertOperator
+from moptrace.passes import apply_optimizer
 from moptrace.passes.clip_gradients import clip_gradients
 from moptrace.passes.default import canonical, overlapped, sharded
 from moptrace.passes.differentiate import differentiate
@@ -232,6 +234,39 @@ def test_another_option_takes_effect() -> None:
             one.param_groups[0]["weight_decay"] = 0.1 * number
         assert_close(simulated.step(batch_of(number))[0], eager.step(batch_of(number))[0])
     assert_same_weights(simulated.weights(), whole_state(eager.model))
+
+
+class Scaled(torch.optim.Optimizer):
+    """What it multiplies with is an attribute, of which no group knows."""
+
+    def __init__(self, params: Any, factor: float | Callable[[Tensor], Tensor]):
+        super().__init__(params, {"lr": 0.1})
+        self.factor = factor
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.sub_(0.1 * (self.factor(p.grad) if callable(self.factor) else self.factor * p.grad))
+
+
+def test_updates_are_recorded_once_for_optimizers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[object] = []
+
+    def counted(*arguments: Any) -> Any:
+        recorded.append(arguments)
+        return record(*arguments)
+
+    monkeypatch.setattr(apply_optimizer, "record", counted)
+    factors: list[Any] = [2.0, 2.0, 3.0, torch.sin, torch.cos]
+    numbers: list[int] = []
+    for factor in factors:
+        model, make = SMALL.build(), all_of(partial(Scaled, factor=factor))
+        simulated = SimulatedSteps(local_program(SMALL, 2, ep=2), whole_state(model), make)
+        assert_same_steps(simulated, Eager(model, make), [batch_of(0)])
+        numbers.append(len(recorded))
+        recorded.clear()
+    assert numbers[1] == 0
+    assert all(number > 0 for at, number in enumerate(numbers) if at != 1)
 
 
 def test_parameters_outside_the_optimizer_stay_as_they_are() -> None:

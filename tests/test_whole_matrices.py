@@ -67,7 +67,8 @@ class Orthogonal(torch.optim.Optimizer):
     def orthogonal(self, x: Tensor) -> Tensor:
         is_high = x.shape[-2] > x.shape[-1]
         x = x.mT if is_high else x
-        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+        # A router whose one choice is renormalised has no gradient: rounding must not become one.
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-5)
         for _ in range(3):
             gram = x @ x.mT
             x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
