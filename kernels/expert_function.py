@@ -7,9 +7,10 @@ rows that go in and come out, and the results of products, exist for all experts
 few rows for each expert there is nothing to save, and all rows are done at once.)
 
 The graph is differentiated once, when the operator is made. Its backward consists of the same
-operators, and so both are of one kind, ``ExpertOperator``: expert by expert on a CPU, and elsewhere
-all rows at once, by the grouped kernels. What goes from forward to backward are rows like any
-others, so the two are ordinary nodes of a graph that has both.
+operators, and so both are of one kind, ``ExpertOperator``: expert by expert on a CPU, on a GPU by
+kernels that are written from the graph (``triton_expert_function.py``), and elsewhere all rows at
+once, by the grouped kernels. What goes from forward to backward are rows like any others, so the
+two are ordinary nodes of a graph that has both.
 ``moptrace.kernels.reference`` says what the products mean.
 """
 

@@ -73,9 +73,9 @@ class Literal:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Apply:
-    """An operator of ``POINTWISE``."""
+    """An operator of ``POINTWISE``; of equal ones, a reader makes one."""
 
     text: str  # with {0}, {1} for the operands
     operands: tuple[Expression, ...]
@@ -96,11 +96,18 @@ class Cut(Exception):
 
 
 def leaves_of(expression: Expression) -> dict[Leaf, None]:
-    """What an expression reads."""
-    if isinstance(expression, Leaf):
-        return {expression: None}
-    operands = expression.operands if isinstance(expression, Apply) else ()
-    return dict.fromkeys(x for operand in operands for x in leaves_of(operand))
+    """What an expression reads, in order."""
+    found: dict[Leaf, None] = {}
+    seen = {expression}
+    left: list[Expression] = [expression]
+    while left:
+        x = left.pop()
+        if isinstance(x, Leaf):
+            found[x] = None
+        elif isinstance(x, Apply):
+            left += [y for y in reversed(x.operands) if y not in seen]
+            seen.update(x.operands)
+    return found
 
 
 def width_of(node: fx.Node) -> int:
@@ -122,6 +129,8 @@ class Reader:
     def __init__(self, graph: fx.Graph, rows: fx.Node, constants: dict[str, Tensor]):
         self.length = str(rows.meta["val"].shape[0])
         self.constants = constants
+        self._known: dict[tuple[fx.Node, Columns], Expression] = {}
+        self._applied: dict[tuple[str, tuple[Expression, ...]], Apply] = {}
         self.inline: set[fx.Node] = set()
         for node in graph.nodes:
             if self._is_inline(node):
@@ -134,11 +143,13 @@ class Reader:
     def leaves(self, node: fx.Node) -> dict[fx.Node, None]:
         """What a node is computed from: parameters, and rows without an expression."""
         found: dict[fx.Node, None] = {}
-        left = [node]
+        seen, left = {node}, [node]
         while left:
             x = left.pop()
             if x in self.inline and x.target not in REPEATED:
-                left += [y for y in reversed(x.all_input_nodes) if self._has_columns(y)]
+                more = [y for y in x.all_input_nodes if self._has_columns(y) and y not in seen]
+                left += reversed(more)
+                seen.update(more)
             else:
                 found[x] = None
         return found
@@ -149,6 +160,11 @@ class Reader:
 
     def read(self, node: fx.Node, columns: Columns) -> Expression:
         """The expression of some columns; raises ``Cut`` if there are several."""
+        if (node, columns) not in self._known:
+            self._known[node, columns] = self._read(node, columns)
+        return self._known[node, columns]
+
+    def _read(self, node: fx.Node, columns: Columns) -> Expression:
         if node not in self.inline:
             return Leaf(node, columns.step, columns.start)
         xs: Any = node.args
@@ -266,7 +282,10 @@ class Reader:
         source = node.args[0] if node.args else None
         if node.target is aten._to_copy.default and _dtype(source) is torch.bool:
             text = "tl.where({0}, 1.0, 0.0)"
-        return Apply(text, tuple(operands))
+        if operands and not probe and all(isinstance(x, Literal) for x in operands):
+            raise Unreadable  # of numbers alone, which Triton does not take everywhere
+        key = text, tuple(operands)
+        return self._applied.setdefault(key, Apply(*key))
 
     def _operand(self, node: fx.Node, x: fx.Node, columns: Columns) -> Expression:
         if not self.has_rows(x):
