@@ -267,7 +267,8 @@ class Tiled:
         read = self._while_loading(group.products[0].args[0])
         if not group.results and _is_there(read):
             return None  # a product with nothing around it
-        return RowKernel(self._arranged(group), group.products, (read,))
+        results = self._arranged(group)
+        return RowKernel(results, group.products, (read,)) if results else None
 
     def _outer_kernel(self, node: fx.Node) -> RowKernel | None:
         read = tuple(map(self._while_loading, node.args[:2]))

@@ -102,12 +102,16 @@ class _Region:
         return [node for node in self.rows if any(user not in self.rows for user in node.users)]
 
     @property
+    def first_user(self) -> fx.Node:
+        """The first node that uses a result."""
+        return min(user for node in self.rows for user in node.users if user not in self.rows)
+
+    @property
     def is_movable(self) -> bool:
         """Whether all operands are there before a result is used; results must be tensors."""
-        users = (user for node in self.rows for user in node.users if user not in self.rows)
         given = {x for node in self.rows for x in node.all_input_nodes if x not in self.rows}
         tensors = all(isinstance(roles.value(x), Tensor) for x in self.results)
-        return tensors and max(given) < min(users)
+        return tensors and max(given) < self.first_user
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _dispatch_of(rows: fx.Node, region: _Region) -> _Dispatch | None:
     if source is None or source.target is not DISPATCH or rows.args[1] != 0:
         return None
     is_own = all(user in region.rows for user in rows.users)
-    has_order = any(x.args[1] == 2 for x in source.users)
+    has_order = any(x.args[1] == 2 and x < region.first_user for x in source.users)
     has_all = argument(source, 4, "numbers", None) is None
     return _Dispatch(source) if is_own and has_order and has_all else None
 
@@ -368,9 +372,8 @@ def _lonely_piece(node: fx.Node) -> tuple[int, int, int] | None:
 def _replace(body: _Body, function: ExpertFunction) -> None:
     region, results = body.region, body.region.results
     last = next(node for node in reversed(region.rows) if node.target is PRODUCT)
-    first = min(user for node in results for user in node.users if user not in region.rows)
     graph = last.graph
-    with graph.inserting_before(first):
+    with graph.inserting_before(region.first_user):
         call = graph.call_function(function, (region.counts, *(x for x, _ in body.given)))
         roles.copy_role(call, of=last, rule=_rule(body), placements=_placements(results))
         if len(results) == 1:
