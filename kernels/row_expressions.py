@@ -177,8 +177,8 @@ class Reader:
             return self.read(x, columns.then(step, start))
         if node.target is aten.cat.default:
             return self._of_cat(xs[0], columns)
-        if node.target is aten.slice_backward.default:
-            return self._of_slice_backward(node, columns)
+        if node.target in _SPREADS:
+            return self._of_spread(node, columns)
         return self._of_pointwise(node, columns)
 
     # --- which nodes have an expression ---
@@ -211,8 +211,8 @@ class Reader:
         if node.target is aten.cat.default:
             dim = node.args[1] if len(node.args) > 1 else 0
             return node.meta["val"].dim() == 2 and dim in (1, -1)
-        if node.target is aten.slice_backward.default:
-            return node.meta["val"].dim() == 2 and node.args[2] in (1, -1)
+        if node.target in _SPREADS:
+            return _SPREADS[node.target](node) is not None
         if node.target not in POINTWISE:
             return False
         self._of_pointwise(node, Columns(1, 0, width_of(node)), probe=True)
@@ -238,11 +238,11 @@ class Reader:
             first = stop
         raise Unreadable
 
-    def _of_slice_backward(self, node: fx.Node, columns: Columns) -> Expression:
-        """A slice's gradient: its columns where they were, and zeros."""
-        grad, _, _, start, stop, step = node.args[:6]  # type: ignore[misc]
-        assert isinstance(start, int) and isinstance(stop, int) and isinstance(step, int)
-        start, stop, _ = slice(start, stop).indices(width_of(node))
+    def _of_spread(self, node: fx.Node, columns: Columns) -> Expression:
+        """The gradient of columns that were taken: these where they were, and zeros."""
+        spread = _SPREADS[node.target](node)
+        assert spread is not None, node
+        grad, start, stop, step = spread
         if columns.width > 1 and columns.step % step:
             if step % columns.step or columns.width % (step // columns.step):
                 raise Unreadable
@@ -256,7 +256,7 @@ class Reader:
             return Literal("0.0")
         first = (columns.start - start) // step
         inner = columns._replace(step=columns.step // step, start=first)
-        return self.read(grad, inner)  # type: ignore[arg-type]
+        return self.read(grad, inner)
 
     def _of_pointwise(self, node: fx.Node, columns: Columns, probe: bool = False) -> Expression:
         operands: list[Expression] = []
@@ -396,6 +396,35 @@ _MOVES: dict[Any, Callable[[fx.Node], Move | None]] = {
     aten.expand.default: _of_expand,
     aten.select.int: _of_select,
 }  # type: ignore[assignment]
+
+# Gradients of some columns: they are those from ``start`` to ``stop`` of all, by ``step``.
+Spread = tuple[fx.Node, int, int, int]
+
+
+def _of_slice_backward(node: fx.Node) -> Spread | None:
+    grad, _, dim, start, stop, step = node.args
+    if node.meta["val"].dim() != 2 or dim not in (1, -1):
+        return None
+    if not all(isinstance(x, int) for x in (start, stop, step)):
+        return None
+    return grad, *slice(start, stop, step).indices(width_of(node))  # type: ignore[return-value]
+
+
+def _of_select_backward(node: fx.Node) -> Spread | None:
+    grad, _, dim, i = node.args
+    assert isinstance(grad, fx.Node) and isinstance(dim, int) and isinstance(i, int)
+    sizes = node.meta["val"].shape
+    dim, i = dim % len(sizes), i % sizes[dim]
+    if dim == len(sizes) - 1 and dim > 0:
+        return grad, i, width_of(node), sizes[dim]
+    width = width_of(grad)
+    return (grad, i * width, (i + 1) * width, 1) if dim == 1 else None
+
+
+_SPREADS: dict[Any, Callable[[fx.Node], Spread | None]] = {
+    aten.slice_backward.default: _of_slice_backward,
+    aten.select_backward.default: _of_select_backward,
+}
 
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 

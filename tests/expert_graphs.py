@@ -131,6 +131,14 @@ def gate_and_up_apart(w: Writer) -> ExpertFunction:
     return w.made(w.linear(w(aten.mul.Tensor, w(aten.silu.default, gate), up), w.f, w.d))
 
 
+def in_pairs(w: Writer) -> ExpertFunction:
+    """Gate and up are the last dimension of three."""
+    pairs = w(aten.view.default, w.linear(w.rows, w.d, 2 * w.f), [-1, w.f, 2])
+    pairs = w(aten.mul.Tensor, pairs, 0.5)
+    gate, up = (w(aten.select.int, pairs, -1, i) for i in range(2))
+    return w.made(w.linear(w(aten.mul.Tensor, w(aten.silu.default, gate), up), w.f, w.d))
+
+
 def gathered(w: Writer, choices: int = 1, some: bool = False) -> ExpertFunction:
     """Rows are copies of tokens that are made where they are used."""
     w.operands[0] = replace(w.operands[0], kind="tokens")
@@ -147,8 +155,8 @@ def gathered_for_some(w: Writer) -> ExpertFunction:
 
 FUNCTIONS = (
     swiglu, clamped_with_biases, squared_relu, three_products_and_two_results, one_weight_twice,
-    in_a_wider_type, scaled_for_all, normalised, interleaved, gate_and_up_apart, gathered,
-    gathered_for_some,
+    in_a_wider_type, scaled_for_all, normalised, interleaved, gate_and_up_apart, in_pairs,
+    gathered, gathered_for_some,
 )  # fmt: skip
 
 

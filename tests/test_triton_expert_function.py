@@ -21,6 +21,7 @@ from expert_graphs import (
     Writer,
     gate_and_up_apart,
     gathered,
+    in_pairs,
     interleaved,
     leaves,
     normalised,
@@ -187,6 +188,16 @@ def test_an_activation_and_its_gradient_are_part_of_the_product_before() -> None
     assert [x.name for x in up.nodes] == ["mul", "grouped_mm"] and len(up.sums) == 2
     (down,) = function.backward.tiled.kernels
     assert [x.name for x in down.nodes] == ["cat", "mul"]
+
+
+@pytest.mark.parametrize("write", [swiglu, interleaved, in_pairs], ids=lambda f: f.__name__)
+def test_gate_and_up_may_lie_as_they_like(write: Write) -> None:
+    backward = calls(write(Writer(20, 24, torch.float32)).backward)
+    assert (backward.count("kernel"), backward.count("product"), backward.count("outer")) == (
+        1,
+        1,
+        2,
+    )
 
 
 def test_what_is_not_kept_is_not_written() -> None:
