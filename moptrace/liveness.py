@@ -16,6 +16,7 @@ from moptrace import roles
 from moptrace.collectives import COLLECTIVES, collective, start, wait
 from moptrace.core import Program
 from moptrace.passes.drop_tokens import share_kept
+from moptrace.rings import workspace
 
 __all__ = [
     "Alive",
@@ -69,8 +70,8 @@ def peak_memory(program: Program) -> Peak:
     node that uses it or a view of it; what a collective sends is used until the ``wait``, and what
     it brings takes memory from the ``start`` on. A new value of an input is written over the old
     one, and then gone, as soon as nothing needs the old one (``write_backs``). Routed rows are
-    counted as if every rank got as many as it sends. What operators need while they run is not
-    counted.
+    counted as if every rank got as many as it sends. Of what operators need while they run, that of
+    rings is counted: what is on its way around, and sums that travel with it.
     """
     spans = lifetimes(program)
     sizes = sizes_of_values(program)
@@ -79,23 +80,27 @@ def peak_memory(program: Program) -> Peak:
         ends.setdefault(final, []).append(node)
     alive: dict[fx.Node, int] = {}
     total, best, at, there = 0, -1, program.graph.output_node(), dict[fx.Node, int]()
-    host, most = 0, 0
+    host, most, within = 0, 0, 0
     on_host = _on_host(program, sizes)
+    layout = program.layout
     for node in program.nodes:
+        inside = 0 if layout is None else workspace(node, layout)
         if node in on_host:
             host += on_host[node]
             most = max(most, host)
         elif node in spans:
             alive[node] = sizes[node]
             total += sizes[node]
-        if total > best:
-            best, at, there = total, node, dict(alive)
+        if total + inside > best:
+            best, at, there, within = total + inside, node, dict(alive), inside
         for gone in ends.get(node, ()):
             if gone in alive:
                 total -= alive.pop(gone)
             else:
                 host -= on_host[gone]
-    shown = sorted((Alive(n.name, b) for n, b in there.items() if b), key=lambda x: -x.bytes)
+    values = [Alive(n.name, b) for n, b in there.items() if b]
+    values += [Alive(f"{at.name}, while it runs", within)] if within else []
+    shown = sorted(values, key=lambda x: -x.bytes)
     return Peak(best, at.name, tuple(shown), most)
 
 

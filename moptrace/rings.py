@@ -21,9 +21,14 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moptrace.kernels.vocab_projection  # noqa: F401  registers the operator of one device
+from moptrace import roles
 from moptrace.collectives import Communicator
 from moptrace.kernels.attention import Sight, Span, add_attention, add_gradients, nothing_seen
 from moptrace.kernels.causal_conv1d import convolve, convolve_backward
@@ -35,7 +40,7 @@ from moptrace.kernels.linear_cross_entropy import (
     vocab_shard_gradients,
     vocab_shard_statistics,
 )
-from moptrace.placement import chunk_sizes
+from moptrace.placement import Layout, chunk_sizes
 
 __all__ = [
     "RINGS",
@@ -51,6 +56,7 @@ __all__ = [
     "ring",
     "ring_backward",
     "ring_places",
+    "workspace",
 ]
 
 Tensors: TypeAlias = tuple[Tensor, ...]
@@ -120,27 +126,28 @@ class Seat:
 def drive(journey: Journey, axis: str) -> Any:
     """Run one rank's coroutine over the axis's process group; return its result."""
     here = Communicator.current()
-    group, at = here.groups[axis], here.coordinate(axis)
     answer: Any = None
     while True:
         try:
-            request = journey.send(answer)
+            answer = _done(journey.send(answer), here, axis)
         except StopIteration as end:
             return end.value
-        if isinstance(request, Wait):
-            answer = [work.wait() for work in request.transfer]
-            continue
-        if isinstance(request, Exchange):
-            sizes = [list(request.back), list(request.out)]
-            moved = dist.all_to_all_single(
-                request.into, request.send, *sizes, group=group, async_op=True
-            )
-            answer = [moved]
-            continue
-        onward, back = (dist.get_global_rank(group, (at + d) % here.size(axis)) for d in (1, -1))
-        moves = [dist.P2POp(dist.isend, x, onward, group) for x in request.send if x.numel()]
-        moves += [dist.P2POp(dist.irecv, x, back, group) for x in request.into if x.numel()]
-        answer = dist.batch_isend_irecv(moves) if moves else []
+
+
+def _done(request: Any, here: Communicator, axis: str) -> Any:
+    """Do what a coroutine asks for; keeps nothing, so that what has travelled is free."""
+    group, at = here.groups[axis], here.coordinate(axis)
+    if isinstance(request, Wait):
+        return [work.wait() for work in request.transfer]
+    if isinstance(request, Exchange):
+        sizes = [list(request.back), list(request.out)]
+        return [
+            dist.all_to_all_single(request.into, request.send, *sizes, group=group, async_op=True)
+        ]
+    onward, back = (dist.get_global_rank(group, (at + d) % here.size(axis)) for d in (1, -1))
+    moves = [dist.P2POp(dist.isend, x, onward, group) for x in request.send if x.numel()]
+    moves += [dist.P2POp(dist.irecv, x, back, group) for x in request.into if x.numel()]
+    return dist.batch_isend_irecv(moves) if moves else []
 
 
 def drive_together(journeys: Sequence[Journey]) -> list[Any]:
@@ -201,14 +208,65 @@ def bytes_sent(journey: Journey, at: int = 0) -> int:
     total, answer = 0, None
     try:
         while True:
-            request, answer = journey.send(answer), ()
-            if isinstance(request, Start):
-                total += sum(x.numel() * x.element_size() for x in request.send)
-            elif isinstance(request, Exchange):
-                rows = sum(request.out) - request.out[at]
-                total += rows * request.send[:1].numel() * request.send.element_size()
+            total += _sent(journey.send(answer), at)
+            answer = ()
     except StopIteration:
         return total
+
+
+def _sent(request: Any, at: int) -> int:
+    if isinstance(request, Start):
+        return sum(x.numel() * x.element_size() for x in request.send)
+    if isinstance(request, Exchange):
+        rows = sum(request.out) - request.out[at]
+        return rows * request.send[:1].numel() * request.send.element_size()
+    return 0
+
+
+class _Held(TorchDispatchMode):
+    """The most bytes that tensors made in it hold at once, but for those of ``given``."""
+
+    def __init__(self, given: Any):
+        super().__init__()
+        self.most = 0
+        known = (x.untyped_storage() for x in pytree.tree_leaves(given) if isinstance(x, Tensor))
+        self.known = {StorageWeakRef(storage) for storage in known}
+        self.held: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        made = (x for x in pytree.tree_leaves(found) if isinstance(x, Tensor))
+        for storage in (x.untyped_storage() for x in made):
+            if (ref := StorageWeakRef(storage)) not in self.known:
+                self.held[ref] = storage.nbytes()
+        self.held = {ref: size for ref, size in self.held.items() if not ref.expired()}
+        self.most = max(self.most, sum(self.held.values()))
+        return found
+
+
+def workspace(node: fx.Node, layout: Layout) -> int:
+    """The bytes that a ring needs while it runs, beside its operands and results; else 0.
+
+    Found by running the first rank's coroutine alone on fake tensors. What the kernels need that it
+    calls is not counted. Where values decide how many rows move, it is what is expected to.
+    """
+    forward, back = ring(node.target), ring_backward(node.target)
+    if (row := forward or back) is None:
+        return 0
+    values: Any = map_arg(node.args, roles.value)
+    *arguments, axis = values
+    seat = Seat(0, layout.size(axis), lambda n: layout.sizes(n, axis))
+    gradients, results, *given = arguments if back is not None else ((), (), *arguments)
+    if row.costs is not None:
+        return sum(row.costs(seat, *given)[back is not None])
+    held = _Held(arguments)
+    with held:
+        if back is None:
+            bytes_sent(row.forward(seat, *given))
+        else:
+            bytes_sent(row.backward(seat, tuple(given), tuple(results), tuple(gradients)))
+    made = (x for x in pytree.tree_leaves(roles.value(node)) if isinstance(x, Tensor))
+    return max(held.most - sum(x.numel() * x.element_size() for x in made), 0)
 
 
 # --- the table ------------------------------------------------------------------------------------

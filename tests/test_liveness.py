@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from moptrace import Plan, Program, trace
+from moptrace import Plan, Program, roles, trace
 from moptrace.collectives import Communicator
 from moptrace.liveness import peak_memory, write_backs
 from moptrace.passes.default import canonical, sharded
+from moptrace.passes.differentiate import differentiate
+from moptrace.rings import workspace
 from moptrace.step import executable
 from moptrace.testing import ModelSpec, SimulatedSteps, whole_state
 
@@ -93,3 +96,27 @@ def test_new_values_are_written_when_nothing_needs_the_old_ones() -> None:
     assert {node.name for node in written} == updated
     for old, after in written.items():
         assert all(position[user] <= position[after] for user in old.users if user.op != "output")
+
+
+@pytest.mark.parametrize(("ranks", "loads"), [(2, 1), (4, 2)])
+def test_what_travels_around_a_ring_takes_memory(ranks: int, loads: int) -> None:
+    """The tokens of another rank are worked on while those of the next one come."""
+    fed = {k: v.repeat(2, 1) for k, v in batch_of(0).items()}  # 8 sequences of 16
+    spec = replace(
+        SPEC, width=64, vocabulary=512
+    )  # more words than a rank has tokens, so these travel
+    traced = canonical()(trace(spec.build(), fed))
+    plan = Plan(ep=1, logits_bytes=0, vp=ranks).resolve(ranks, [SPEC.experts])
+    program = differentiate()(sharded(plan, ranks)(traced))
+    assert program.layout is not None
+    (ring,) = (n for n in program.nodes if n.name.startswith("ring_vocab") and not backward(n))
+    tokens = 8 * 16 // ranks
+    load, statistics = tokens * (spec.width * 8 + 8), tokens * 4 * 8  # with labels
+    found = workspace(ring, program.layout)
+    assert loads * load <= found <= loads * load + 8 * statistics
+    (back,) = (n for n in program.nodes if n.name.startswith("ring_vocab") and backward(n))
+    assert workspace(back, program.layout) > found  # sums travel too
+
+
+def backward(node: fx.Node) -> bool:
+    return roles.role(node).backward
