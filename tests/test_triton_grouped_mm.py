@@ -6,7 +6,6 @@ Without a GPU, Triton's interpreter runs the same sources on the CPU, on small s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from moptrace.kernels import grouped_mm as operators
 from moptrace.kernels import reference, selection
 from moptrace.kernels import triton_grouped_mm as in_triton
-from triton_kernels import DEVICE, Kernel, compiled_for_a_gpu
+from triton_kernels import DEVICE
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -134,22 +133,3 @@ def test_offsets_are_of_64_bits() -> None:
     assert torch.equal(in_triton.grouped_mm(rows, weight.half(), counts), (rows @ weight[0].half()))
     outer = in_triton.grouped_outer(rows, rows, counts)
     assert torch.equal(outer[0], rows.t().contiguous() @ rows.contiguous())
-
-
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
-    """Types and shapes that the interpreter lets pass, the compiler does not."""
-    types = dict.fromkeys(("rows", "weight", "result", "a", "b"), "*bf16")
-    types |= {"counts": "*i64", "tiles": "*i64"}
-    sizes = ("number", "inside", "outside", "experts", "height", "width")
-    steps = ("rows_step", "rows_column", "weight_step", "weight_row", "weight_column")
-    types |= dict.fromkeys((*sizes, *steps, "a_step", "a_column", "b_step", "b_column"), "i32")
-    constants = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "EXPERTS": 8}
-    constants |= {"HEIGHT": 128, "WIDTH": 128}
-    of_outer = types | {"rows": "i32"}
-    module = in_triton.__name__
-    kernels = [
-        Kernel(module, "_product_kernel", types, constants),
-        Kernel(module, "_outer_kernel", of_outer, constants | {"ROWS": 64}),
-        Kernel(module, "_tiles_kernel", of_outer, {"SIZE": 128, "TILES": 16, "EXPERTS": 8}),
-    ]
-    assert compiled_for_a_gpu(tmp_path, kernels) == [x.name for x in kernels]
