@@ -28,6 +28,8 @@ __all__ = [
     "keep_pairs",
     "pair_dots",
     "pair_rows",
+    "sum_rows",
+    "token_rows",
     "ungroup_rows",
     "weigh_rows",
 ]
@@ -43,6 +45,10 @@ _LIBRARY.define(
     "int[] groups=[]) -> (Tensor, Tensor)"
 )
 _LIBRARY.define("pair_rows(Tensor values, Tensor order, bool some=False) -> Tensor")
+_LIBRARY.define("token_rows(Tensor x, Tensor order, int choices, bool some=False) -> Tensor")
+_LIBRARY.define(
+    "sum_rows(Tensor rows, Tensor order, SymInt tokens, int choices, bool some=False) -> Tensor"
+)
 _LIBRARY.define("combine(Tensor rows, Tensor order, Tensor weights, bool some=False) -> Tensor")
 _LIBRARY.define("weigh_rows(Tensor x, Tensor order, Tensor weights, bool some=False) -> Tensor")
 _LIBRARY.define(
@@ -105,6 +111,22 @@ def pair_rows(values: Tensor, order: Tensor, some: bool = False) -> Tensor:
     values [N, k, *F], order [S] -> [S, *F].
     """
     return torch.ops.moptrace.pair_rows.default(values, order, some)
+
+
+def token_rows(x: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
+    """Copy each token once for each of its pairs: the rows of a ``dispatch`` that gave ``order``.
+
+    x [N, *D], order [S], choices = k -> [S, *D].
+    """
+    return torch.ops.moptrace.token_rows.default(x, order, choices, some)
+
+
+def sum_rows(rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool = False) -> Tensor:
+    """Add up each token's rows, in float32 at least: the transpose of ``token_rows``.
+
+    rows [S, *D], order [S], tokens = N, choices = k -> [N, *D].
+    """
+    return torch.ops.moptrace.sum_rows.default(rows, order, tokens, choices, some)
 
 
 def combine(rows: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
@@ -179,7 +201,7 @@ def _(
         counts = torch.full_like(counts, capacity)
     elif some:
         order = order[: int(counts.sum())].clone()
-    return _picked(x, order, experts.shape[1], some), counts, order
+    return picked(x, order, experts.shape[1], some), counts, order
 
 
 def _slots(sorted_: Tensor, order: Tensor, counts: Tensor, capacity: int) -> Tensor:
@@ -293,7 +315,7 @@ def _(values: Tensor, order: Tensor, some: bool = False) -> Tensor:
     flat = values.flatten(0, 1)
     if not some:
         _check_order(order, flat.shape[0])
-    return _picked(flat, order, 1, some)
+    return picked(flat, order, 1, some)
 
 
 @torch.library.register_fake("moptrace::pair_rows", lib=_LIBRARY)
@@ -319,6 +341,64 @@ def _differentiate_pair_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 torch.library.register_autograd(
     "moptrace::pair_rows", _differentiate_pair_rows, setup_context=_save_pair_rows, lib=_LIBRARY
+)
+
+
+# token_rows and sum_rows
+
+
+@torch.library.impl(_LIBRARY, "token_rows", "CompositeExplicitAutograd")
+def _(x: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
+    return picked(x, order, choices, some)
+
+
+@torch.library.register_fake("moptrace::token_rows", lib=_LIBRARY)
+def _(x: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
+    return x.new_empty(order.shape[0], *x.shape[1:])
+
+
+def _save_token_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, order, ctx.choices, ctx.some = inputs
+    ctx.tokens = x.shape[0]
+    ctx.save_for_backward(order)
+
+
+def _differentiate_token_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (order,) = ctx.saved_tensors
+    return sum_rows(grad, order, ctx.tokens, ctx.choices, ctx.some), None, None, None
+
+
+torch.library.register_autograd(
+    "moptrace::token_rows", _differentiate_token_rows, setup_context=_save_token_rows, lib=_LIBRARY
+)
+
+
+@torch.library.impl(_LIBRARY, "sum_rows", "CompositeExplicitAutograd")
+def _(rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool = False) -> Tensor:
+    result = rows.new_zeros(tokens, *rows.shape[1:], dtype=_exact(rows.dtype))
+    for chosen in _choices(rows, order, tokens, choices, some):
+        result.add_(chosen)
+    return result.to(rows.dtype)
+
+
+@torch.library.register_fake("moptrace::sum_rows", lib=_LIBRARY)
+def _(rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool = False) -> Tensor:
+    return rows.new_empty(tokens, *rows.shape[1:])
+
+
+def _save_sum_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, order, ctx.tokens, ctx.choices, ctx.some = inputs
+    ctx.save_for_backward(order)
+
+
+def _differentiate_sum_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (order,) = ctx.saved_tensors
+    ones = grad.new_ones(ctx.tokens, ctx.choices)
+    return weigh_rows(grad, order, ones, ctx.some), None, None, None, None
+
+
+torch.library.register_autograd(
+    "moptrace::sum_rows", _differentiate_sum_rows, setup_context=_save_sum_rows, lib=_LIBRARY
 )
 
 
@@ -371,8 +451,8 @@ torch.library.register_autograd(
 @torch.library.impl(_LIBRARY, "weigh_rows", "CompositeExplicitAutograd")
 def _(x: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
     _check_tokens(x, weights)
-    rows = _picked(x, order, weights.shape[1], some).to(torch.result_type(x, weights))
-    scale = _picked(weights.flatten(), order, 1, some)
+    rows = picked(x, order, weights.shape[1], some).to(torch.result_type(x, weights))
+    scale = picked(weights.flatten(), order, 1, some)
     rows.mul_(_with_dims(scale, x.dim() - 1))
     return rows.masked_fill_(_with_dims(order == weights.numel(), x.dim() - 1), 0) if some else rows
 
@@ -493,7 +573,7 @@ torch.library.register_autograd(
 # index arithmetic and checks
 
 
-def _picked(x: Tensor, order: Tensor, choices: int, some: bool) -> Tensor:
+def picked(x: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
     """What each row has of ``x``, which has a part for so many pairs each."""
     if some:
         if not x.shape[0]:
