@@ -16,6 +16,9 @@ __all__ = [
     "group_rows",
     "pair_dots",
     "pair_rows",
+    "picked",
+    "sum_rows",
+    "token_rows",
     "ungroup_rows",
     "weigh_rows",
 ]
@@ -45,7 +48,7 @@ def dispatch(
         counts = torch.full_like(counts, capacity)
     elif some:
         order = order[: int(counts.sum())].clone()
-    return _picked(x, order, experts.shape[1], some), counts, order
+    return picked(x, order, experts.shape[1], some), counts, order
 
 
 # From so many numbers on, torch counts them instead of comparing: one pass for each of their bytes.
@@ -75,7 +78,20 @@ def _slots(sorted_: Tensor, order: Tensor, counts: Tensor, capacity: int) -> Ten
 
 def pair_rows(values: Tensor, order: Tensor, some: bool) -> Tensor:
     """Bring one value for each pair into the order of the rows."""
-    return _picked(values.flatten(0, 1), order, 1, some)
+    return picked(values.flatten(0, 1), order, 1, some)
+
+
+def token_rows(x: Tensor, order: Tensor, choices: int, some: bool) -> Tensor:
+    """Copy each token once for each of its pairs."""
+    return picked(x, order, choices, some)
+
+
+def sum_rows(rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool) -> Tensor:
+    """Add up each token's rows, one choice at a time."""
+    result = rows.new_zeros(tokens, *rows.shape[1:], dtype=exact(rows.dtype))
+    for chosen in _choices(rows, order, tokens, choices, some):
+        result.add_(chosen)
+    return result.to(rows.dtype)
 
 
 def combine(rows: Tensor, order: Tensor, weights: Tensor, some: bool) -> Tensor:
@@ -91,8 +107,8 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor, some: bool) -> Tensor:
 
 def weigh_rows(x: Tensor, order: Tensor, weights: Tensor, some: bool) -> Tensor:
     """Copy each token once for each of its pairs, times the pair's weight."""
-    rows = _picked(x, order, weights.shape[1], some).to(torch.result_type(x, weights))
-    scale = _picked(weights.flatten(), order, 1, some)
+    rows = picked(x, order, weights.shape[1], some).to(torch.result_type(x, weights))
+    scale = picked(weights.flatten(), order, 1, some)
     rows.mul_(_with_dims(scale, x.dim() - 1))
     return rows.masked_fill_(_with_dims(order == weights.numel(), x.dim() - 1), 0) if some else rows
 
@@ -125,7 +141,7 @@ def ungroup_rows(rows: Tensor, table: Tensor) -> Tensor:
 # index arithmetic
 
 
-def _picked(x: Tensor, order: Tensor, choices: int, some: bool) -> Tensor:
+def picked(x: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
     """What each row has of ``x``, which has a part for so many pairs each."""
     if some:
         if not x.shape[0]:

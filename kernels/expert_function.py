@@ -7,9 +7,10 @@ rows that go in and come out, and the results of products, exist for all experts
 few rows for each expert there is nothing to save, and all rows are done at once.)
 
 The graph is differentiated once, when the operator is made. Its backward consists of the same
-operators, and so both are of one kind, ``ExpertOperator``: expert by expert on a CPU, and elsewhere
-all rows at once, by the grouped kernels. What goes from forward to backward are rows like any
-others, so the two are ordinary nodes of a graph that has both.
+operators, and so both are of one kind, ``ExpertOperator``: expert by expert on a CPU, on a GPU by
+kernels that are written from the graph (``triton_expert_function.py``), and elsewhere all rows at
+once, by the grouped kernels. What goes from forward to backward are rows like any others, so the
+two are ordinary nodes of a graph that has both.
 ``moptrace.kernels.reference`` says what the products mean.
 """
 
@@ -34,8 +35,10 @@ from torch.fx.node import map_arg
 from moptrace.core import ancestors
 from moptrace.kernels import onednn
 from moptrace.kernels.as_one import Operator, as_one
+from moptrace.kernels.aten_routing import picked
 from moptrace.kernels.grouped_mm import ROW_MULTIPLE, spans
 from moptrace.kernels.selection import ONEDNN_WIDTH, choose
+from moptrace.kernels.triton_expert_function import Tiled
 
 __all__ = ["ExpertFunction", "ExpertOperator", "Operand", "expert_function"]
 
@@ -43,11 +46,7 @@ aten, ops = torch.ops.aten, torch.ops.moptrace
 
 PRODUCT, OUTER = ops.grouped_mm.default, ops.grouped_outer.default
 EXPERT_ROWS, GROUP_SUM = ops.expert_rows.default, ops.group_sum.default
-
-
-# Rows of an average expert from which it pays to run expert by expert. With fewer, the calls cost
-# more than what the cache saves: benchmarks/step_time.py at 512 tokens (64 rows) and 4,096 (512).
-EXPERTWISE_ROWS = 128
+TOKEN_ROWS, SUM_ROWS = ops.token_rows.default, ops.sum_rows.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,12 @@ class Operand:
     """A tensor that an expert's function takes.
 
     It has a row for each pair ("rows" [S, *shape]), a part for each expert ("experts"
-    [E, *shape]), or is the same for all ("all" [*shape]).
+    [E, *shape]), or is the same for all ("all" [*shape]). Or it has a row for each token ("tokens"
+    [N, *shape]), of which the graph makes rows by ``token_rows``: each expert gathers its own, and
+    those of all are nowhere.
     """
 
-    kind: Literal["rows", "experts", "all"]
+    kind: Literal["rows", "experts", "all", "tokens"]
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -218,11 +219,12 @@ def _differentiated(
 
     # Autograd makes real tensors of numbers, such as the zero of a clamp's gradient.
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
-    rows, experts = mode.from_tensor(
-        torch.empty(11, 5, dtype=torch.int64), symbolic_context=free
-    ).shape
-    first: dict[str, list[Any]] = {"rows": [rows], "experts": [experts], "all": []}
+    free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
+    example = torch.empty(11, 5, 7, dtype=torch.int64)
+    rows, experts, tokens = mode.from_tensor(example, symbolic_context=free).shape
+    first: dict[str, list[Any]] = {
+        "rows": [rows], "experts": [experts], "all": [], "tokens": [tokens]
+    }  # fmt: skip
     with mode:
         counts = torch.empty(experts, dtype=torch.int64)
         given = [torch.empty(*first[x.kind], *x.shape, dtype=x.dtype) for x in operands]
@@ -326,23 +328,23 @@ class ExpertOperator(Operator):
         self.operands, self.rounds = tuple(operands), rounds
         kinds = [x.kind for x in operands]
         self.example = 1 + kinds.index("rows")  # an argument that has all rows
+        self.typical = 1 + [x.dtype.is_floating_point for x in operands].index(True)
         self._some: dict[tuple[int, ...], tuple[ExpertOperator, tuple[int, ...]]] = {}
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        counts, rows = arguments[0], arguments[self.example].shape[0]
-        if counts.device.type != "cpu":  # traced there, a graph has the grouped kernels one by one
-            return self.whole(*arguments)
-        if is_fake(counts):
+        counts, rows = arguments[0], arguments[self.example]
+        if is_fake(counts) and counts.device.type == "cpu":
             return as_one(self, *arguments)
-        is_many = rows >= EXPERTWISE_ROWS * counts.shape[0]
-        return self.expertwise(arguments) if is_many else self.whole(*arguments)
+        # Traced for another device, a graph has the grouped kernels one by one.
+        chosen = choose("expert_function", arguments[self.typical], rows, counts)
+        return getattr(self, chosen)(*arguments)
 
     def shapes(self, *operands: Tensor) -> tuple[Tensor, ...]:
-        # The graph's own shapes have two symbols: for the numbers of experts and of rows.
-        counts, rows = operands[0], operands[self.example]
-        inputs = self.graph.find_nodes(op="placeholder")
-        own = [inputs[i].meta["val"].shape[0] for i in (0, self.example)]
-        size: dict[str, Any] = {str(own[0]): counts.shape[0], str(own[1]): rows.shape[0]}
+        # The graph's own shapes have symbols: for the numbers of experts, of rows and of tokens.
+        rows = operands[self.example]
+        size: dict[str, Any] = {}
+        for node, x in zip(self.graph.find_nodes(op="placeholder"), operands, strict=True):
+            size |= {str(node.meta["val"].shape[0]): x.shape[0]} if x.dim() else {}
         found: list[Tensor] = []
         for x in (node.meta["val"] for node in _outputs(self.graph)):
             shape = [size.get(str(n), n) for n in x.shape]
@@ -353,6 +355,12 @@ class ExpertOperator(Operator):
     def whole(self) -> Callable[..., tuple[Tensor, ...]]:
         """All rows at once, by the grouped kernels."""
         return fx.GraphModule(self.constants, self.graph)
+
+    @cached_property
+    def tiled(self) -> Tiled:
+        """All rows at once, by kernels that are written for this graph."""
+        rows = self.graph.find_nodes(op="placeholder")[self.example]
+        return Tiled(self.__name__, self.graph, rows, self.constants)
 
     @cached_property
     def expertwise(self) -> _Expertwise:
@@ -402,6 +410,11 @@ class _Expertwise:
             for node, x in zip(self.inputs[1:], operator.operands, strict=True)
             if x.kind == "rows" and node.users
         ]
+        self.tokens = [
+            node
+            for node, x in zip(self.inputs[1:], operator.operands, strict=True)
+            if x.kind == "tokens" and node.users
+        ]
         self.before: list[fx.Node] = []
         self.inside: dict[fx.Node, None] = {}
         self.after: dict[fx.Node, None] = {}
@@ -409,10 +422,12 @@ class _Expertwise:
             if node.op != "output":
                 self._sort(node)
         self.sums = [x for x in self.inside if _is_sum(x)]
-        rows = (x for x in self.outputs if x in self.inside and not _is_sum(x))
+        wanted = [*self.outputs, *(x for node in self.after for x in node.all_input_nodes)]
+        rows = (x for x in wanted if x in self.inside and x.op != "placeholder" and not _is_sum(x))
         self.results = list(dict.fromkeys(rows))
+        whole = (self.inputs[0], *self.tokens)
         self.parts = [x for x in self.before if any(user in self.inside for user in x.users)]
-        self.parts = [x for x in self.parts if x is not self.inputs[0]]
+        self.parts = [x for x in self.parts if x not in whole]
         self.own = self._rows_in_outer_products()
         self._expert = self._written()
 
@@ -420,6 +435,9 @@ class _Expertwise:
         inputs = [x for x in node.all_input_nodes if not _is_constant(x)]
         rows = node in self.rows or any(x in self.inside and not _is_sum(x) for x in inputs)
         sums = any(x in self.after or _is_sum(x) for x in inputs)
+        if node.target is SUM_ROWS:
+            self.after[node] = None
+            return
         if rows and sums:
             raise ValueError(f"{node.format_node()} takes rows and sums over rows")
         if rows or _is_constant(node):
@@ -450,6 +468,7 @@ class _Expertwise:
         graph = fx.Graph()
         count = graph.placeholder("count")
         new = {x: graph.placeholder(x.name) for x in self.rows}
+        tokens = {x: graph.placeholder(x.name) for x in self.tokens}
         part = {x: graph.placeholder(x.name) for x in self.parts}
         place = {x: graph.placeholder(f"to_{x.name}") for x in (*self.results, *self.sums)}
         written = set[fx.Node]()
@@ -469,9 +488,11 @@ class _Expertwise:
                 graph.call_function(_outer_to, (new[xs[0]], new[xs[1]], count, place[node]))
             elif node.target is GROUP_SUM:
                 graph.call_function(_sum_to, (new[xs[0]], count, place[node]))
+            elif node.target is TOKEN_ROWS:
+                new[node] = graph.call_function(picked, (tokens[xs[0]], new[xs[1]], *xs[2:]))
             elif node.target is EXPERT_ROWS:
                 new[node] = graph.call_function(_repeat, (part[xs[0]], new[xs[2]]))
-            elif any(x in part for x in node.all_input_nodes):
+            elif any(x in part or x in tokens for x in node.all_input_nodes):
                 raise ValueError(f"{node.format_node()} takes the parameters of all experts")
             else:
                 new[node] = graph.node_copy(node, new.__getitem__)
@@ -481,7 +502,7 @@ class _Expertwise:
         graph.output(None)
         return fx.GraphModule(self.constants, graph)
 
-    def __call__(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         values: dict[fx.Node, Any] = dict(zip(self.inputs, arguments, strict=True))
         for node in self.before:
             if node.op != "placeholder":
@@ -493,6 +514,7 @@ class _Expertwise:
             for node in nodes:
                 values[node] = _new(node, length, like)
         rows = [(values[x], x in self.own) for x in self.rows]
+        tokens = [values[x] for x in self.tokens]
         parts = [values[x].unbind() for x in self.parts]
         results = [values[x] for x in self.results]
         sums = [values[x].unbind() for x in self.sums]
@@ -506,7 +528,7 @@ class _Expertwise:
             missing = -count % multiple
             taken = [_padded(x, span, missing, own) for x, own in rows]
             own, to = [x[expert] for x in parts], [x[span] for x in results]
-            self._expert(count, *taken, *own, *to, *(x[expert] for x in sums))
+            self._expert(count, *taken, *tokens, *own, *to, *(x[expert] for x in sums))
         for node in self.after:
             values[node] = _call(node, values)
         return tuple(values[x] for x in self.outputs)

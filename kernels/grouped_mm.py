@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm as grouped_product
 
-from moptrace.kernels import onednn
+from moptrace.kernels import onednn, triton_grouped_mm
 from moptrace.kernels.selection import choose
 
 __all__ = ["expert_rows", "group_sum", "grouped_mm", "grouped_outer"]
@@ -119,10 +119,12 @@ def _check_experts(param: Tensor, counts: Tensor) -> None:
 
 @torch.library.impl(_LIBRARY, "grouped_mm", "CompositeExplicitAutograd")
 def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    if (implementation := choose("grouped_mm", rows, weight)) == "triton":
+        return triton_grouped_mm.grouped_mm(rows, weight, counts)
     if 0 in rows.stride():  # an expanded gradient
         rows = rows.contiguous()
+        implementation = choose("grouped_mm", rows, weight)
     total, width = rows.shape[0], weight.shape[2]
-    implementation = choose("grouped_mm", rows, weight)
     if implementation == "torch":
         return grouped_product(rows, weight, offs=_offsets(counts, total))
     result = rows.new_empty(total, width)
@@ -183,8 +185,11 @@ torch.library.register_autograd(
 
 @torch.library.impl(_LIBRARY, "grouped_outer", "CompositeExplicitAutograd")
 def _(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
-    a, b = (x.contiguous() if 0 in x.stride() else x for x in (a, b))
-    implementation = choose("grouped_outer", a, b)
+    if (implementation := choose("grouped_outer", a, b)) == "triton":
+        return triton_grouped_mm.grouped_outer(a, b, counts)
+    if 0 in (*a.stride(), *b.stride()):
+        a, b = (x.contiguous() if 0 in x.stride() else x for x in (a, b))
+        implementation = choose("grouped_outer", a, b)
     if implementation == "torch":
         return grouped_product(a.t(), b, offs=_offsets(counts, a.shape[0]))
     result = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])

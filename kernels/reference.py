@@ -28,6 +28,8 @@ __all__ = [
     "merge_attention",
     "pair_dots",
     "pair_rows",
+    "sum_rows",
+    "token_rows",
     "ungroup_rows",
     "vocab_shard_gradients",
     "vocab_shard_statistics",
@@ -89,6 +91,19 @@ def keep_pairs(
 def pair_rows(values: Tensor, order: Tensor, some: bool = False) -> Tensor:
     """One value for each (token, choice) pair, in the order of the rows."""
     return _and_first(values.flatten(0, 1))[order]
+
+
+def token_rows(x: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
+    """Each token once for each of its pairs."""
+    if not some:
+        return x[order // max(choices, 1)]
+    token = order // max(choices, 1)
+    return _and_first(x)[token.where(order < len(x) * choices, len(x))]
+
+
+def sum_rows(rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool = False) -> Tensor:
+    """Each token's rows, brought back and added up."""
+    return combine(rows, order, rows.new_ones(tokens, choices), some)
 
 
 def combine(rows: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:

@@ -30,6 +30,8 @@ __all__ = [
     "keep_pairs",
     "pair_dots",
     "pair_rows",
+    "sum_rows",
+    "token_rows",
     "ungroup_rows",
     "weigh_rows",
 ]
@@ -45,6 +47,10 @@ _LIBRARY.define(
     "int[] groups=[]) -> (Tensor, Tensor)"
 )
 _LIBRARY.define("pair_rows(Tensor values, Tensor order, bool some=False) -> Tensor")
+_LIBRARY.define("token_rows(Tensor x, Tensor order, int choices, bool some=False) -> Tensor")
+_LIBRARY.define(
+    "sum_rows(Tensor rows, Tensor order, SymInt tokens, int choices, bool some=False) -> Tensor"
+)
 _LIBRARY.define("combine(Tensor rows, Tensor order, Tensor weights, bool some=False) -> Tensor")
 _LIBRARY.define("weigh_rows(Tensor x, Tensor order, Tensor weights, bool some=False) -> Tensor")
 _LIBRARY.define(
@@ -114,6 +120,22 @@ def pair_rows(values: Tensor, order: Tensor, some: bool = False) -> Tensor:
     values [N, k, *F], order [S] -> [S, *F].
     """
     return torch.ops.moptrace.pair_rows.default(values, order, some)
+
+
+def token_rows(x: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
+    """Copy each token once for each of its pairs: the rows of a ``dispatch`` that gave ``order``.
+
+    x [N, *D], order [S], choices = k -> [S, *D].
+    """
+    return torch.ops.moptrace.token_rows.default(x, order, choices, some)
+
+
+def sum_rows(rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool = False) -> Tensor:
+    """Add up each token's rows, in float32 at least: the transpose of ``token_rows``.
+
+    rows [S, *D], order [S], tokens = N, choices = k -> [N, *D].
+    """
+    return torch.ops.moptrace.sum_rows.default(rows, order, tokens, choices, some)
 
 
 def combine(rows: Tensor, order: Tensor, weights: Tensor, some: bool = False) -> Tensor:
@@ -303,6 +325,61 @@ def _differentiate_pair_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 torch.library.register_autograd(
     "moptrace::pair_rows", _differentiate_pair_rows, setup_context=_save_pair_rows, lib=_LIBRARY
+)
+
+
+# token_rows and sum_rows
+
+
+@torch.library.impl(_LIBRARY, "token_rows", "CompositeExplicitAutograd")
+def _(x: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
+    return _implementation("token_rows", x).token_rows(x, order, choices, some)
+
+
+@torch.library.register_fake("moptrace::token_rows", lib=_LIBRARY)
+def _(x: Tensor, order: Tensor, choices: int, some: bool = False) -> Tensor:
+    return x.new_empty(order.shape[0], *x.shape[1:])
+
+
+def _save_token_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, order, ctx.choices, ctx.some = inputs
+    ctx.tokens = x.shape[0]
+    ctx.save_for_backward(order)
+
+
+def _differentiate_token_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (order,) = ctx.saved_tensors
+    return sum_rows(grad, order, ctx.tokens, ctx.choices, ctx.some), None, None, None
+
+
+torch.library.register_autograd(
+    "moptrace::token_rows", _differentiate_token_rows, setup_context=_save_token_rows, lib=_LIBRARY
+)
+
+
+@torch.library.impl(_LIBRARY, "sum_rows", "CompositeExplicitAutograd")
+def _(rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool = False) -> Tensor:
+    return _implementation("sum_rows", rows).sum_rows(rows, order, tokens, choices, some)
+
+
+@torch.library.register_fake("moptrace::sum_rows", lib=_LIBRARY)
+def _(rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool = False) -> Tensor:
+    return rows.new_empty(tokens, *rows.shape[1:])
+
+
+def _save_sum_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, order, ctx.tokens, ctx.choices, ctx.some = inputs
+    ctx.save_for_backward(order)
+
+
+def _differentiate_sum_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (order,) = ctx.saved_tensors
+    ones = grad.new_ones(ctx.tokens, ctx.choices)
+    return weigh_rows(grad, order, ones, ctx.some), None, None, None, None
+
+
+torch.library.register_autograd(
+    "moptrace::sum_rows", _differentiate_sum_rows, setup_context=_save_sum_rows, lib=_LIBRARY
 )
 
 

@@ -15,6 +15,9 @@ __all__ = ["ONEDNN_WIDTH", "TABLE", "Choice", "choose"]
 float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
+_IN_TRITON = ("triton", "tiled")
+
+
 class Choice(NamedTuple):
     """An implementation, and the operands that it is for.
 
@@ -32,7 +35,7 @@ class Choice(NamedTuple):
         return (
             self.device in (None, x.device.type)
             and (self.dtypes is None or x.dtype in self.dtypes)
-            and (self.implementation != "triton" or triton_jit.is_available)
+            and (self.implementation not in _IN_TRITON or triton_jit.is_available)
             and (self.when is None or self.when(*operands))
         )
 
@@ -80,8 +83,17 @@ _GROUPED = (
     Choice("onednn", "cpu", (float32,), _is_wide),
     Choice("torch", "cpu", (float32, bfloat16, float16), _is_native),
     Choice("torch", "cuda", (bfloat16,), _is_native),
+    Choice("triton", "cuda", (float16, bfloat16, float32)),
     Choice("loop"),
 )
+
+# Rows of an average expert from which it pays to run expert by expert. With fewer, the calls cost
+# more than what the cache saves: benchmarks/step_time.py at 512 tokens (64 rows) and 4,096 (512).
+EXPERTWISE_ROWS = 128
+
+
+def _is_many(_: Tensor, rows: Tensor, counts: Tensor) -> bool:
+    return rows.shape[0] >= EXPERTWISE_ROWS * counts.shape[0]
 
 
 def _are_alike(*operands: Tensor) -> bool:
@@ -113,9 +125,16 @@ TABLE: dict[str, tuple[Choice, ...]] = {
     "pair_rows": _MOVES,
     "combine": _MOVES,
     "weigh_rows": _MOVES,
+    "token_rows": _MOVES,
+    "sum_rows": _MOVES,
     "pair_dots": _MOVES,
     "group_rows": _MOVES,
     "ungroup_rows": _MOVES,
+    "expert_function": (
+        Choice("tiled", "cuda", (float16, bfloat16, float32)),
+        Choice("expertwise", "cpu", when=_is_many),
+        Choice("whole"),
+    ),
     "grouped_mm": _GROUPED,
     "grouped_outer": _GROUPED,
     "mm": (Choice("onednn", "cpu", (float32,), _is_wide), Choice("torch")),  # of one expert's rows

@@ -28,6 +28,8 @@ __all__ = [
     "group_rows",
     "pair_dots",
     "pair_rows",
+    "sum_rows",
+    "token_rows",
     "ungroup_rows",
     "weigh_rows",
 ]
@@ -74,6 +76,16 @@ def dispatch(
 def pair_rows(values: Tensor, order: Tensor, some: bool) -> Tensor:
     """Bring one value for each pair into the order of the rows."""
     return _moved(values.flatten(0, 1), order, 1, some)
+
+
+def token_rows(x: Tensor, order: Tensor, choices: int, some: bool) -> Tensor:
+    """Copy each token once for each of its pairs."""
+    return _moved(x, order, choices, some)
+
+
+def sum_rows(rows: Tensor, order: Tensor, tokens: int, choices: int, some: bool) -> Tensor:
+    """Read each token's rows, and write their sum."""
+    return combine(rows, order, rows.new_ones(tokens, choices), some)
 
 
 def combine(rows: Tensor, order: Tensor, weights: Tensor, some: bool) -> Tensor:

@@ -21,6 +21,7 @@ from moptrace.activations import communicates
 from moptrace.core import Program
 from moptrace.kernels.expert_function import ExpertOperator
 from moptrace.kernels.matrix_function import MatrixFunction
+from moptrace.kernels.triton_expert_function import RowKernel
 from moptrace.liveness import shape_of, sizes_of_values, storages, symbols_of
 
 __all__ = ["Machine", "operations", "operator_costs", "products"]
@@ -67,7 +68,7 @@ def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
 
 def products(node: fx.Node) -> int:
     """How many products of matrices an operator makes; attention counts as one."""
-    if isinstance(node.target, ExpertOperator):
+    if isinstance(node.target, (ExpertOperator, RowKernel)):
         return len(node.target.products)
     if isinstance(node.target, MatrixFunction):
         return sum(map(products, node.target.graph.nodes))
@@ -79,7 +80,7 @@ def operations(node: fx.Node, symbols: Mapping[Any, int]) -> float:
     given = pytree.tree_leaves((node.args, node.kwargs))  # a product of a matrix with itself
     values = pytree.tree_leaves([roles.value(x) for x in given if isinstance(x, fx.Node)])
     shapes = [shape_of(x, symbols) for x in values if isinstance(x, Tensor)]
-    if isinstance(node.target, ExpertOperator):
+    if isinstance(node.target, (ExpertOperator, RowKernel)):
         example: Any = node.args[node.target.example]
         rows = shape_of(roles.tensor(example), symbols)[0]
         return 2.0 * rows * sum(a * b for a, b in node.target.products)

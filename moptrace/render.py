@@ -455,7 +455,7 @@ def _inside(function: ExpertFunction | ExpertOperator) -> Iterator[Line]:
     """The operators that an expert's function, its forward or its backward is made of."""
     counts, *inputs = function.graph.find_nodes(op="placeholder")
     yield Line(f"%{counts.name}", "[experts]")
-    sides = {"rows": "rows", "experts": "experts", "all": ""}
+    sides = {"rows": "rows", "tokens": "tokens", "experts": "experts", "all": ""}
     for node, operand in zip(inputs, function.operands, strict=True):
         sizes = filter(None, (sides[operand.kind], *map(str, operand.shape)))
         yield Line(f"%{node.name}", f"{_dtype(operand.dtype)}[{', '.join(sizes)}]")

@@ -75,7 +75,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[s
 
 
 def _own(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x._local_tensor if isinstance(x, DTensor) else x  # to_local() is recorded by autograd
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,23 @@ from moptrace import roles
 from moptrace.core import Level, Pass, Program, connected
 from moptrace.kernels.expert_function import ExpertFunction, Operand, expert_function
 from moptrace.placement import Shard
-from moptrace.rules import Rule, argument, operands
+from moptrace.rules import Rule, argument, operands, rule_for
 
 __all__ = ["fuse_experts"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
 PRODUCT, EXPERT_ROWS = ops.grouped_mm.default, ops.expert_rows.default
+DISPATCH, TOKEN_ROWS = ops.dispatch.default, ops.token_rows.default
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 VIEWS = (aten.transpose.int, aten.permute.default)
 
-Kind = Literal["rows", "experts", "all"]
+Kind = Literal["rows", "experts", "all", "tokens"]
 Key = tuple[fx.Node, Kind]
 
-_NAMES: dict[Kind, str] = {"rows": "rows", "experts": "parameter", "all": "constant"}
+_NAMES: dict[Kind, str] = {
+    "rows": "rows", "tokens": "tokens", "experts": "parameter", "all": "constant"
+}  # fmt: skip
 
 
 def fuse_experts() -> Pass:
@@ -39,6 +42,10 @@ def fuse_experts() -> Pass:
     bias. It then runs expert by expert, on the rows of one expert while they are in cache. Regions
     that differ in nothing but their operands share one function. A single product stays as it is,
     and so does a region that cannot be run or differentiated expert by expert, with a note.
+
+    Where the rows come straight from a dispatch, and nothing else uses them, the region takes the
+    tokens and their order instead: it gathers rows as it needs them, forward and backward, and
+    there is no copy of all.
 
     Requires: a local program. Ensures: the same values and gradients.
     """
@@ -84,17 +91,74 @@ class _Region:
     rows: dict[fx.Node, list[fx.Node]]
 
     @property
+    def given(self) -> list[fx.Node]:
+        """The rows that the region takes."""
+        found = (x for own in self.rows.values() for x in own if x not in self.rows)
+        return list(dict.fromkeys(found))
+
+    @property
     def results(self) -> list[fx.Node]:
         """The nodes that others use."""
         return [node for node in self.rows if any(user not in self.rows for user in node.users)]
 
     @property
+    def first_user(self) -> fx.Node:
+        """The first node that uses a result."""
+        return min(user for node in self.rows for user in node.users if user not in self.rows)
+
+    @property
     def is_movable(self) -> bool:
         """Whether all operands are there before a result is used; results must be tensors."""
-        users = (user for node in self.rows for user in node.users if user not in self.rows)
         given = {x for node in self.rows for x in node.all_input_nodes if x not in self.rows}
         tensors = all(isinstance(roles.value(x), Tensor) for x in self.results)
-        return tensors and max(given) < min(users)
+        return tensors and max(given) < self.first_user
+
+
+@dataclass(frozen=True)
+class _Dispatch:
+    """A dispatch whose rows one region alone uses."""
+
+    node: fx.Node
+
+    @property
+    def tokens(self) -> fx.Node:
+        return self.node.args[0]  # type: ignore[return-value]
+
+    @property
+    def order(self) -> fx.Node:
+        return next(x for x in self.node.users if x.args[1] == 2)
+
+    @property
+    def choices(self) -> int:
+        return roles.tensor(self.node.args[1]).shape[1]  # type: ignore[arg-type]
+
+    @property
+    def some(self) -> bool:
+        return bool(argument(self.node, 3, "some", False))
+
+    def drop_rows(self) -> None:
+        """Let it order the choices alone: dispatch these, and nobody takes their rows."""
+        node, experts = self.node, self.node.args[1]
+        rows, counts, order = roles.value(node)
+        choices = roles.tensor(experts)  # type: ignore[arg-type]
+        node.update_arg(0, experts)
+        rows = choices.new_empty(rows.shape[0], *choices.shape[1:])
+        roles.set_value(node, (rows, counts, order))
+        roles.set_role(node, rule=rule_for(node))
+
+
+def _dispatch_of(rows: fx.Node, region: _Region) -> _Dispatch | None:
+    """The dispatch that rows come from, if the region uses them and nobody else does.
+
+    Not where it leaves out the experts of other ranks: its tokens may be more than their rows.
+    """
+    source: Any = rows.args[0] if rows.target is operator.getitem else None
+    if source is None or source.target is not DISPATCH or rows.args[1] != 0:
+        return None
+    is_own = all(user in region.rows for user in rows.users)
+    has_order = any(x.args[1] == 2 and x < region.first_user for x in source.users)
+    has_all = argument(source, 4, "numbers", None) is None
+    return _Dispatch(source) if is_own and has_order and has_all else None
 
 
 def _regions(graph: fx.Graph) -> Iterator[_Region]:
@@ -187,6 +251,7 @@ class _Body:
 
     def __init__(self, region: _Region):
         self.region = region
+        self.dispatches = {x: own for x in region.given if (own := _dispatch_of(x, region))}
         self.views: list[fx.Node] = []  # of parameters, which become part of the region
         self.given = dict(sorted(self._given(), key=lambda x: list(_NAMES).index(x[0][1])))
         self.graph = fx.Graph()
@@ -194,6 +259,8 @@ class _Body:
         self.new = {
             key: self.graph.placeholder(f"{_NAMES[key[1]]}_{i}") for i, key in enumerate(self.given)
         }
+        for rows, dispatch in self.dispatches.items():
+            self.new[rows, "rows"] = self._gathered(dispatch)
         for node in region.rows:
             self.new[node, "rows"] = self._copied(node)
         self.graph.output(tuple(self.new[x, "rows"] for x in region.results))
@@ -209,7 +276,10 @@ class _Body:
                 yield self._operand(self._unviewed(node.args[0]), "experts")
                 continue
             for x in rows:
-                if x not in self.region.rows:
+                if x in self.dispatches:
+                    yield self._operand(self.dispatches[x].tokens, "tokens")
+                    yield self._operand(self.dispatches[x].order, "rows")
+                elif x not in self.region.rows:
                     yield self._operand(x, "rows")
             if node.target is PRODUCT:
                 yield self._operand(self._unviewed(node.args[1]), "experts")
@@ -261,6 +331,12 @@ class _Body:
             self.new[x, "experts"] = self.graph.call_function(view, args)
         return self.new[x, "experts"]
 
+    def _gathered(self, dispatch: _Dispatch) -> fx.Node:
+        """The rows of a dispatch, of its tokens."""
+        tokens, order = self.new[dispatch.tokens, "tokens"], self.new[dispatch.order, "rows"]
+        args = (tokens, order, dispatch.choices, dispatch.some)
+        return self.graph.call_function(TOKEN_ROWS, args)
+
     def _repeated(self, part: fx.Node) -> fx.Node:
         rows = next(self.new[key] for key in self.given if key[1] == "rows")
         return self.graph.call_function(EXPERT_ROWS, (part, self.counts, rows))
@@ -296,9 +372,8 @@ def _lonely_piece(node: fx.Node) -> tuple[int, int, int] | None:
 def _replace(body: _Body, function: ExpertFunction) -> None:
     region, results = body.region, body.region.results
     last = next(node for node in reversed(region.rows) if node.target is PRODUCT)
-    first = min(user for node in results for user in node.users if user not in region.rows)
     graph = last.graph
-    with graph.inserting_before(first):
+    with graph.inserting_before(region.first_user):
         call = graph.call_function(function, (region.counts, *(x for x, _ in body.given)))
         roles.copy_role(call, of=last, rule=_rule(body), placements=_placements(results))
         if len(results) == 1:
@@ -314,6 +389,9 @@ def _replace(body: _Body, function: ExpertFunction) -> None:
         node.replace_all_uses_with(new, lambda user: user not in region.rows)
     for node in reversed(region.rows):
         graph.erase_node(node)
+    for rows, dispatch in body.dispatches.items():
+        graph.erase_node(rows)
+        dispatch.drop_rows()
     for node in body.views:
         if not node.users:
             graph.erase_node(node)
@@ -325,7 +403,9 @@ def _placements(nodes: list[fx.Node]) -> tuple[Any, ...]:
 
 def _rule(body: _Body) -> Rule:
     """Rows are split as their experts are, hidden units as they were; nothing else is."""
-    first: dict[Kind, tuple[str, ...]] = {"rows": ("s|e",), "experts": ("e",), "all": ()}
+    first: dict[Kind, tuple[str, ...]] = {
+        "rows": ("s|e",), "tokens": ("s",), "experts": ("e",), "all": ()
+    }  # fmt: skip
     quantum: dict[str, int] = {}
 
     def dims(x: fx.Node, kind: Kind, name: str) -> tuple[str, ...]:

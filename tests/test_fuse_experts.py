@@ -90,6 +90,37 @@ def test_a_piece_of_a_split_may_go_unused() -> None:
     assert_same_function(program, model, batch)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "plan", "gathers"),
+    (
+        (1, Plan(ep=1), True),
+        (2, Plan(ep=2), False),  # rows come from other ranks
+        (2, Plan(ep=2, dispatcher="all-gather"), False),  # of more tokens than rows
+    ),
+)
+def test_rows_that_come_straight_from_a_dispatch_are_gathered_where_they_are_used(
+    world_size: int, plan: Plan, gathers: bool
+) -> None:
+    program = local("SortSlices", world_size, plan)
+    assert all(
+        gathers == ("tokens" in [x.kind for x in function.operands])
+        for function in functions(program)
+    )
+    dispatched = [x for x in program.nodes if x.target is torch.ops.moptrace.dispatch.default]
+    assert dispatched and all(gathers != roles.value(x)[0].is_floating_point() for x in dispatched)
+
+
+def test_of_rows_only_the_hidden_units_are_kept() -> None:
+    """SonicMoE's 2NH + 4NkI bytes: tokens, and what the first products give."""
+    step = differentiate()(local("SortSlices", 1, Plan(ep=1, fold_router_weights=True)))
+    forward = [x for x in step.nodes if x.op == "call_function" and not roles.role(x).backward]
+    kept = [x for x in forward if any(roles.role(user).backward for user in x.users)]
+    values = [x for x in map(roles.value, kept) if isinstance(x, Tensor)]
+    rows = 12 * 5 * 2  # sequences, tokens, choices
+    found = [list(x.shape) for x in values if x.shape[:1] == (rows,) and x.numel() > rows]
+    assert found == [[rows, models.Sizes().hidden]] * 2 * 2  # gate and up, in two layers
+
+
 def test_the_pass_changes_what_it_fused_only_once() -> None:
     program = local("SortSlices", 2, Plan(ep=2))
     assert fuse_experts()(program) is program

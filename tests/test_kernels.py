@@ -21,7 +21,9 @@ from moptrace.kernels import grouped_mm, reference, routing
 
 NAMES = sorted({*routing.__all__, *grouped_mm.__all__} - {"keep_pairs"})
 # The same operators where some pairs have no row, and where some rows are of no pair.
-SOME = ("dispatch", "pair_rows", "combine", "weigh_rows", "pair_dots")
+SOME = (
+    "dispatch", "pair_rows", "token_rows", "sum_rows", "combine", "weigh_rows", "pair_dots",
+)  # fmt: skip
 WAYS = NAMES + [f"{name}, {which}" for name in SOME for which in ("some", "slots")]
 EXAMPLES = settings.default.max_examples // 5 if settings.default else 30
 LAYOUTS = ("contiguous", "transposed", "every second", "expanded")
@@ -71,6 +73,8 @@ class Case:
         make: dict[str, Callable[[], tuple[Any, ...]]] = {
             "dispatch": lambda: (self.float(tokens, *self.features), self.experts, experts),
             "pair_rows": lambda: (self.float(tokens, choices, *self.features), order),
+            "token_rows": lambda: (self.float(tokens, *self.features), order, choices),
+            "sum_rows": lambda: (self.float(pairs, *self.features), order, tokens, choices),
             "combine": lambda: (
                 self.float(pairs, *self.features),
                 order,
@@ -117,6 +121,8 @@ class Case:
         values = values.detach().view(tokens, choices, *self.features).requires_grad_()
         make: dict[str, tuple[Any, ...]] = {
             "pair_rows": (values, order, True),
+            "token_rows": (x, order, choices, True),
+            "sum_rows": (rows, order, tokens, choices, True),
             "combine": (rows, order, weights, True),
             "weigh_rows": (x, order, weights, True),
             "pair_dots": (x, rows, order, choices, True),
@@ -210,7 +216,10 @@ def test_the_fake_result_is_like_the_real_one(name: str, layout: str, empty: boo
 
 
 # A row of no pair has the values of the first, which is not differentiated: nothing uses it.
-@pytest.mark.parametrize("name", sorted({*WAYS} - {"dispatch, slots", "pair_rows, slots"}))
+FIRSTS = ("dispatch", "pair_rows", "token_rows")
+
+
+@pytest.mark.parametrize("name", sorted({*WAYS} - {f"{x}, slots" for x in FIRSTS}))
 def test_a_gradient_equals_finite_differences(name: str) -> None:
     arguments = plain_case().arguments(name)
 
@@ -438,6 +447,8 @@ def test_the_number_of_rows_may_be_unknown_while_tracing(name: str) -> None:
     arguments, shape = {
         "dispatch": ((x, experts, 3), (pairs, 4)),
         "pair_rows": ((weights, order), (pairs,)),
+        "token_rows": ((x, order, 2), (pairs, 4)),
+        "sum_rows": ((rows, order, tokens, 2), (tokens, 4)),
         "combine": ((rows, order, weights), (tokens, 4)),
         "weigh_rows": ((x, order, weights), (pairs, 4)),
         "pair_dots": ((x, rows, order, 2), (tokens, 2)),

@@ -14,7 +14,7 @@ from torch import Tensor
 from moptrace.kernels import reference, selection, triton_merge_attention
 from moptrace.kernels.attention import attention
 from moptrace.kernels.merge_attention import merge_attention, merge_attention_
-from triton_kernels import DEVICE, compiled_for_a_gpu
+from triton_kernels import DEVICE, Kernel, compiled_for_a_gpu
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 
@@ -121,5 +121,5 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_there(tmp_path: Path) -> None
     types = {name: "i32" for name in names if name.endswith("_stride")}
     types |= dict.fromkeys(("rows", "heads", "length", "width"), "i32")
     constants: dict[str, Any] = {"ROWS": 32, "WIDTH": 128}
-    given = triton_merge_attention.__name__, ["_merge_kernel"], types, constants
-    assert compiled_for_a_gpu(tmp_path, *given) == ["_merge_kernel"]
+    kernel = Kernel(triton_merge_attention.__name__, "_merge_kernel", types, constants)
+    assert compiled_for_a_gpu(tmp_path, [kernel]) == ["_merge_kernel"]

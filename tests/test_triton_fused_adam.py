@@ -18,7 +18,7 @@ from torch import Tensor
 import moptrace.kernels.fused_adam  # noqa: F401  registers the operator
 from moptrace.kernels import selection, triton_fused_adam
 from moptrace.kernels.stochastic_rounding import random_bits, round_stochastically
-from triton_kernels import DEVICE, compiled_for_a_gpu
+from triton_kernels import DEVICE, Kernel, compiled_for_a_gpu
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 ops = torch.ops.moptrace
@@ -220,5 +220,5 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_there(tmp_path: Path) -> None
     types |= dict.fromkeys(("beta1", "beta2", "weight_decay", "eps"), "fp32")
     constants: dict[str, Any] = {"BLOCK": 1024, "MAXIMIZE": False}
     constants |= dict.fromkeys(("DECAYS", "DECOUPLED", "AMSGRAD", "STOCHASTIC"), True)
-    given = triton_fused_adam.__name__, ["_update_kernel"], types, constants
-    assert compiled_for_a_gpu(tmp_path, *given) == ["_update_kernel"]
+    kernel = Kernel(triton_fused_adam.__name__, "_update_kernel", types, constants)
+    assert compiled_for_a_gpu(tmp_path, [kernel]) == ["_update_kernel"]

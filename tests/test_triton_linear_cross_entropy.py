@@ -18,7 +18,7 @@ from moptrace.kernels import linear_cross_entropy as operators
 from moptrace.kernels import logit_blocks, reference, selection
 from moptrace.kernels import triton_linear_cross_entropy as in_triton
 from moptrace.kernels.logit_blocks import LogitGradient, Shard
-from triton_kernels import DEVICE, compiled_for_a_gpu
+from triton_kernels import DEVICE, Kernel, compiled_for_a_gpu
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -188,5 +188,5 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path, is_exac
     constants |= {"HAS_BIAS": True, "HAS_CAP": True, "HAS_SUMS": True, "IS_EXACT": is_exact}
     kernels = ["_statistics_kernel"] if is_exact else []
     kernels += ["_hidden_kernel", "_weight_kernel"]
-    found = compiled_for_a_gpu(tmp_path, in_triton.__name__, kernels, types, constants)
-    assert found == kernels
+    told = [Kernel(in_triton.__name__, name, types, constants) for name in kernels]
+    assert compiled_for_a_gpu(tmp_path, told) == kernels

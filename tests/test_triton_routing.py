@@ -16,7 +16,7 @@ from torch import Tensor
 from moptrace.kernels import aten_routing, reference, routing, selection
 from moptrace.kernels import triton_routing as in_triton
 from test_kernels import NO_CHOICE, WAYS, Case, cases, derivatives, operator, plain_case
-from triton_kernels import DEVICE, compiled_for_a_gpu
+from triton_kernels import DEVICE, Kernel, compiled_for_a_gpu
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 MOVES = [way for way in WAYS if way.split(",")[0] in routing.__all__]
@@ -122,5 +122,5 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None
     constants |= dict.fromkeys(("HAS_FIRST", "SOME", "HAS_CAPACITY", "HAS_WEIGHTS"), True)
     kernels = [name for name in vars(in_triton) if name.endswith("_kernel")]
     assert len(kernels) == 7
-    found = compiled_for_a_gpu(tmp_path, in_triton.__name__, kernels, types, constants)
-    assert found == kernels
+    told = [Kernel(in_triton.__name__, name, types, constants) for name in kernels]
+    assert compiled_for_a_gpu(tmp_path, told) == kernels

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def triton_interpreter() -> Iterator[None]:
     """Triton's kernels can be run; without a GPU, by the interpreter.
 
-    Three things are mended that the interpreter of Triton 3.6 and 3.7 does otherwise than a GPU.
+    Three things are mended that the interpreter of Triton 3.6 and 3.7 cannot do.
     """
     if not triton_jit.is_available:
         pytest.skip("Triton cannot be imported, so its sources were not run")
@@ -44,20 +44,24 @@ def triton_interpreter() -> Iterator[None]:
         data = (x.data.astype(np.uint32) << 16).view(np.float32)
         return interpreter.TensorHandle(data, interpreter.tl.float32)
 
-    def rounded(self: Any, x: Any, dtype: Any) -> Any:  # to bfloat16, where it would be cut off
-        if (x.dtype.scalar.name, dtype.scalar.name) != ("fp32", "bf16"):
+    def rounded(self: Any, x: Any, dtype: Any) -> Any:  # to bfloat16, as a GPU does: not cut off
+        kinds = (x.dtype.scalar.name, dtype.scalar.name)
+        if kinds == ("bf16", "fp32"):
+            return widen(x)
+        if kinds != ("fp32", "bf16"):
             return cast(self, x, dtype)
-        near = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.uint16).numpy()
-        return interpreter.TensorHandle(near, dtype.scalar)
+        data = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.int16).numpy()
+        return interpreter.TensorHandle(data.view(np.uint16), dtype.scalar)
 
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(builder, "cast_impl", rounded)
+    # A GPU does not warn of what overflows, either.
+    with pytest.MonkeyPatch.context() as patches, np.errstate(all="ignore"):
         patches.setattr(interpreter, "_patch_lang_tensor", patch)
         patches.setattr(
             builder,
             "create_dot",
             lambda self, a, b, *others: product(self, widen(a), widen(b), *others),
         )
+        patches.setattr(builder, "cast_impl", rounded)
         yield
 
 
@@ -67,8 +71,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-module, types, constants, kernels = json.loads(sys.argv[1])
-for name in kernels:
+for module, name, types, constants in json.loads(sys.argv[1]):
     kernel = getattr(importlib.import_module(module), name)
     values = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types_of = {key: types.get(key, "*fp32") for key in kernel.arg_names}
@@ -80,16 +83,22 @@ for name in kernels:
 """
 
 
-def compiled_for_a_gpu(
-    folder: Path, module: str, kernels: list[str], types: dict[str, str], constants: dict[str, Any]
-) -> list[str]:
+class Kernel(NamedTuple):
+    """A kernel of a module; what is in neither ``types`` nor ``constants`` points to float32."""
+
+    module: str
+    name: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+
+
+def compiled_for_a_gpu(folder: Path, kernels: list[Kernel]) -> list[str]:
     """The names of the kernels that Triton compiles for a GPU that need not be there.
 
-    What is neither in ``types`` nor in ``constants`` is a pointer to float32.
+    Modules may also be files of ``folder``.
     """
     environment = {"PATH": "", "TRITON_CACHE_DIR": str(folder), "HOME": str(folder)}
-    told = json.dumps([module, types, constants, kernels])
-    command = [sys.executable, "-c", _COMPILE, told]
+    command = [sys.executable, "-c", _COMPILE, json.dumps(kernels)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert run.returncode == 0, run.stderr
     return run.stdout.split()
