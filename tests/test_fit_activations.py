@@ -85,7 +85,7 @@ def test_the_step_is_bitwise_the_same(host: float) -> None:
 
 
 def test_a_budget_that_is_too_small_says_the_least() -> None:
-    program = program_of()
+    program = program_of(spec=replace(SPEC, layers=("moe",)))
     with pytest.raises(errors.StepError, match=r"The least that was found needs") as caught:
         within(0.1, program)
     message = str(caught.value)
