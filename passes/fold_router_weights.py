@@ -32,7 +32,7 @@ def fold_router_weights(asked: bool = True) -> Pass:
 
     Requires: ``classify``. Ensures: the same function; a sum of rounded numbers has them rounded
     elsewhere. Experts whose last operators are not linear in the row stay as they are, with a note.
-    Source: SonicMoE's dS = <dO W2^T, A> (``Guo et al., 2025``), for any expert.
+    Source: Guo et al., SonicMoE (2025), dS = <dO W2^T, A>; here for any expert.
     """
 
     def rewrite(program: Program) -> Program:
