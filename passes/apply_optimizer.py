@@ -289,7 +289,8 @@ class _Update:
     ) -> _Step:
         """What ``_recorded`` gives, or gave for an optimizer, a group and tensors like these.
 
-        A step is made again for every shape of the batch, and its updates are the same.
+        A step is made again for every shape of the batch, and its updates are the same. What the
+        optimizer's code reads of a module or of its class counts as the same, too.
         """
         options = {key: x for key, x in group.items() if key not in ("params", "lr", "initial_lr")}
         told = _told(
@@ -410,11 +411,12 @@ def _plain_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[st
 
 
 def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a class of optimizers keeps beside what every optimizer has.
+    """What a step may read of an optimizer beside its groups and its state.
 
     A scheduler replaces the method ``step``, of which the class's is recorded.
     """
-    return {key: x for key, x in vars(optimizer).items() if key not in (*_OF_EVERY_ONE, "step")}
+    own = {key: x for key, x in vars(optimizer).items() if key not in (*_OF_EVERY_ONE, "step")}
+    return own | {"defaults": optimizer.defaults}
 
 
 def _told(x: Any) -> str | None:

@@ -64,10 +64,10 @@ def fold_router_weights(asked: bool = True) -> Pass:
 def _obstacle(combine: fx.Node) -> str:
     """Why the weights of a combine cannot be folded; empty if they can."""
     _, order, weights = combine.args[:3]
-    assert isinstance(weights, fx.Node)
+    assert isinstance(order, fx.Node) and isinstance(weights, fx.Node)
     if not _reaches_product(_seats(combine, 0)):
         return "no product comes before them through which they could go"
-    if order in ancestors([weights]):
+    if ancestors([weights]).intersection(order.all_input_nodes):  # the dispatch
         return "they depend on what the experts compute"
     return ""
 

@@ -239,14 +239,15 @@ def test_another_option_takes_effect() -> None:
 class Scaled(torch.optim.Optimizer):
     """What it multiplies with is an attribute, of which no group knows."""
 
-    def __init__(self, params: Any, factor: float | Callable[[Tensor], Tensor]):
-        super().__init__(params, {"lr": 0.1})
+    def __init__(self, params: Any, factor: float | Callable[[Tensor], Tensor], bias: float = 0):
+        super().__init__([{"params": [*params], "bias": 0.0}], {"lr": 0.1, "bias": bias})
         self.factor = factor
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for p in self.param_groups[0]["params"]:
-            p.sub_(0.1 * (self.factor(p.grad) if callable(self.factor) else self.factor * p.grad))
+            update = self.factor(p.grad) if callable(self.factor) else self.factor * p.grad
+            p.sub_(0.1 * update + self.defaults["bias"])
 
 
 def test_updates_are_recorded_once_for_optimizers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,10 +258,10 @@ def test_updates_are_recorded_once_for_optimizers_alike(monkeypatch: pytest.Monk
         return record(*arguments)
 
     monkeypatch.setattr(apply_optimizer, "record", counted)
-    factors: list[Any] = [2.0, 2.0, 3.0, torch.sin, torch.cos]
+    options: list[Any] = [(2.0, 0), (2.0, 0), (3.0, 0), (torch.sin, 0), (torch.cos, 0), (2.0, 0.1)]
     numbers: list[int] = []
-    for factor in factors:
-        model, make = SMALL.build(), all_of(partial(Scaled, factor=factor))
+    for factor, bias in options:
+        model, make = SMALL.build(), all_of(partial(Scaled, factor=factor, bias=bias))
         simulated = SimulatedSteps(local_program(SMALL, 2, ep=2), whole_state(model), make)
         assert_same_steps(simulated, Eager(model, make), [batch_of(0)])
         numbers.append(len(recorded))
