@@ -10,7 +10,7 @@ from torch import Tensor
 
 import models
 from moptrace import Plan, Program, roles, trace
-from moptrace.core import Level
+from moptrace.core import Level, chain
 from moptrace.costs import products
 from moptrace.kernels.expert_function import ExpertFunction, ExpertOperator
 from moptrace.passes.checkpoint import checkpoint
@@ -108,6 +108,28 @@ def test_rows_that_come_straight_from_a_dispatch_are_gathered_where_they_are_use
     )
     dispatched = [x for x in program.nodes if x.target is torch.ops.moptrace.dispatch.default]
     assert dispatched and all(gathers != roles.value(x)[0].is_floating_point() for x in dispatched)
+
+
+def test_rows_that_others_use_as_well_are_copies() -> None:
+    *before, last = sharded(Plan(ep=1).resolve(1, []), 1).parts
+    assert last.name == "fuse_experts"
+    program = chain(*before)(canonical()(trace(models.build("SortSlices"), models.batch())))
+    graph, _ = program.copy_graph()
+    dispatch = next(x for x in graph.nodes if x.target is torch.ops.moptrace.dispatch.default)
+    rows = next(x for x in dispatch.users if x.args[1] == 0)
+    loss, *others = graph.output_node().args[0]
+    with graph.inserting_before(graph.output_node()):
+        total = graph.call_function(torch.ops.aten.sum.default, (rows,))
+        both = graph.call_function(torch.ops.aten.add.Tensor, (loss, total))
+    for node in (total, both):
+        roles.copy_role(node, of=loss)
+        roles.set_value(node, roles.value(loss))
+    graph.output_node().args = ((both, *others),)
+    kinds = [
+        ["tokens" in [x.kind for x in function.operands] for function in functions(fused)]
+        for fused in map(last.rewrite, (program, program.with_graph(graph)))  # unchecked
+    ]
+    assert kinds == [[True, True], [False, True]]
 
 
 def test_of_rows_only_the_hidden_units_are_kept() -> None:
