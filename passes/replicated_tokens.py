@@ -20,6 +20,8 @@ __all__ = ["report_replicated_tokens"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 _OF_LOGITS = (Component.VOCAB, Component.LOSS)
+# What a plan's way to drop or to gather tokens needs of all of them, next to their dispatch.
+_OF_PAIRS = (ops.keep_pairs.default, ops.pair_rows.default, ops.combine.default)
 
 
 def report_replicated_tokens(asked: bool = False) -> Pass:
@@ -84,7 +86,7 @@ def _alike(graph: fx.Graph, layout: Layout, asked: bool) -> Iterator[tuple[fx.No
 def _is_planned(node: fx.Node) -> bool:
     """Whether a plan's way to drop or to gather tokens brings values there."""
     gathered = node.target is ops.dispatch.default and is_gathered(node)
-    return gathered or node.target in (ops.keep_pairs.default, ops.combine.default)
+    return gathered or node.target in _OF_PAIRS
 
 
 def _settled(node: fx.Node) -> fx.Node:

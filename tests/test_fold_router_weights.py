@@ -32,6 +32,7 @@ PLANS = (
     (4, Plan(ep=2, etp=2)),
     (4, Plan(ep=4, tp=2, expert_tokens=7)),
     (4, Plan(ep=2, dispatcher="all-gather")),
+    (2, Plan(cp=2, etp=2, dispatcher="all-gather")),
     (6, Plan(ep=3, edp="replicate", recompute_experts=True)),
     (4, Plan(ep=4, balance=Balance(threshold=1.0))),
 )
