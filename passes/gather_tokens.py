@@ -12,7 +12,7 @@ from moptrace.core import Level, Pass, Program
 from moptrace.passes.context_parallel import call
 from moptrace.passes.drop_tokens import leave_out, rows_of
 from moptrace.passes.regions import ask
-from moptrace.placement import INVARIANT, REPLICATE, Layout, Rows, Shard
+from moptrace.placement import INVARIANT, REPLICATE, Layout, Placement, Rows, Shard
 from moptrace.reshard import constrain
 
 __all__ = ["gather_tokens", "is_gathered"]
@@ -33,7 +33,8 @@ def gather_tokens(layout: Layout) -> Pass:
 
     Requires: ``expert_tensor_parallel``, if experts are shared along ``etp``. Ensures: the same
     function. Where their hidden units are not, ranks of ``etp`` would compute the same rows: such a
-    block keeps its dispatch, with a note.
+    block keeps its dispatch, with a note. So do all blocks where ranks that share experts hold
+    tokens of several sequences, but not all of any, as with ``tp=3`` beside ``etp=2``.
     """
 
     def rewrite(program: Program) -> Program:
@@ -43,6 +44,12 @@ def gather_tokens(layout: Layout) -> Pass:
         found = graph.find_nodes(op="call_function", target=ops.dispatch.default)
         if not axes or not found:
             return program
+        if unsaid := [axis for axis in axes if layout.said_along(_of_tokens(layout), axis) is None]:
+            return program.with_note(
+                f"the ranks of {' and '.join(unsaid)} hold parts of several sequences, which are no "
+                f"slice of the batch {layout.tokens}, so tokens are sent to experts and not "
+                "gathered; choose sizes one of which divides the other"
+            )
         notes: list[str] = []
         for node in found:
             rows = rows_of([node])
@@ -70,6 +77,12 @@ def gather_tokens(layout: Layout) -> Pass:
 def is_gathered(dispatch: fx.Node) -> bool:
     """Whether a dispatch takes rows of some experts from all tokens."""
     return len(dispatch.args) > NUMBERS and dispatch.args[NUMBERS] is not None
+
+
+def _of_tokens(layout: Layout) -> Placement:
+    """How tokens [sequences, length] are split."""
+    kinds = (Shard(0) if axis.name == "dp" else Shard(1) for axis in layout.tokens.axes)
+    return Placement(layout.tokens, tuple(kinds))
 
 
 def _asks(node: fx.Node, kind: str) -> bool:

@@ -206,6 +206,7 @@ PLANS = (
     (4, replace(GATHERING, ep=2, etp=2, dropping=Dropping(1.0))),
     (4, replace(GATHERING, ep=2, etp=2, dropping=PADDED)),
     (4, replace(GATHERING, ep=4, dropping=Dropping(0.75, over="batch"))),
+    (6, replace(GATHERING, tp=3, etp=2)),  # no slices of the batch: sent
 )
 QUICK = PLANS[3:8] + PLANS[9:]
 
