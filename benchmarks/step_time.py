@@ -240,7 +240,9 @@ class TrainStep(Moptrace):
         import moptrace
 
         super().__init__(shape, whole)
-        self.train = moptrace.train_step(self.parallel, self.optimizer, compile=compiled)
+        self.train = moptrace.train_step(
+            self.parallel, self.optimizer, updates="backward", compile=compiled
+        )
 
     def step(self, batch: Batch) -> Tensor:
         return self.train(**batch)

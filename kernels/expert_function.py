@@ -16,10 +16,10 @@ two are ordinary nodes of a graph that has both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -40,7 +40,17 @@ from moptrace.kernels.grouped_mm import ROW_MULTIPLE, spans
 from moptrace.kernels.selection import ONEDNN_WIDTH, choose
 from moptrace.kernels.triton_expert_function import Tiled
 
-__all__ = ["ExpertFunction", "ExpertOperator", "Operand", "expert_function"]
+__all__ = [
+    "SUM_TO",
+    "ExpertFunction",
+    "ExpertOperator",
+    "Operand",
+    "Sink",
+    "expert_function",
+    "extracted",
+    "is_sum",
+    "results_of",
+]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -99,7 +109,7 @@ class ExpertFunction:
 
     @cached_property
     def results(self) -> int:
-        return len(_outputs(self.graph))
+        return len(results_of(self.graph))
 
     def __call__(self, *arguments: Tensor) -> Any:
         if torch.is_grad_enabled() and any(x.requires_grad for x in arguments):
@@ -164,7 +174,7 @@ def expert_function(
     [2.0, 2.0, 0.0]
     """
     joint, constants = _joint(graph, operands)
-    results = len(_outputs(graph))
+    results = len(results_of(graph))
     forward, backward, derived = _parted(joint, len(operands), results, _products(graph))
     given = backward.find_nodes(op="placeholder")[1 + len(operands) :]
     between = [Operand("rows", x.meta["val"].shape[1:], x.meta["val"].dtype) for x in given]
@@ -240,10 +250,22 @@ def _differentiated(
     for node in list(traced.graph.nodes):
         if node.op == "get_attr":
             constants[node.target] = getattr(traced, node.target)
-        if node.target is aten.detach.default:  # which autograd leaves behind
-            node.replace_all_uses_with(node.args[0])
-            traced.graph.erase_node(node)
+        elif (same := _as_it_was(node)) is not None:
+            node.replace_all_uses_with(same)
+    traced.graph.eliminate_dead_code()
     return traced.graph, constants
+
+
+def _as_it_was(node: fx.Node) -> fx.Node | None:
+    """The node whose value this is: autograd leaves detached ones, and transposes of transposes."""
+    x: Any = node.args[0] if node.args else None
+    if node.target is aten.detach.default:
+        return x
+    if node.target is aten.transpose.int and x.target is aten.transpose.int:
+        dims = ({d % y.meta["val"].dim() for d in y.args[1:]} for y in (node, x))
+        if next(dims) == next(dims):
+            return x.args[0]
+    return None
 
 
 def _parted(
@@ -261,7 +283,7 @@ def _parted(
     of_forward = [n for n in joint.nodes if n.target is PRODUCT][:products]
     derived = tuple(i for i, x in enumerate(returned[results:]) if x is not None)
     wanted = [returned[results + i] for i in derived]
-    backward = _extracted(joint, [counts, *given], of_forward, gradients, wanted)
+    backward = extracted(joint, [counts, *given], of_forward, gradients, wanted)
     takes = backward.find_nodes(op="placeholder")
     between = slice(operands + 1, operands + 1 + products)
     needed = [bool(node.users) for node in takes[between]]
@@ -269,11 +291,11 @@ def _parted(
         if not is_needed:
             backward.erase_node(node)
     kept = [node for node, is_needed in zip(of_forward, needed, strict=True) if is_needed]
-    forward = _extracted(joint, [counts, *given], [], [], [*returned[:results], *kept])
+    forward = extracted(joint, [counts, *given], [], [], [*returned[:results], *kept])
     return forward, backward, derived
 
 
-def _extracted(
+def extracted(
     joint: fx.Graph,
     inputs: Sequence[fx.Node],
     kept: Sequence[fx.Node],
@@ -299,7 +321,7 @@ def _products(graph: fx.Graph) -> int:
     return len([node for node in graph.nodes if node.target is PRODUCT])
 
 
-def _outputs(graph: fx.Graph) -> tuple[Any, ...]:
+def results_of(graph: fx.Graph) -> tuple[Any, ...]:
     returned = graph.output_node().args[0]
     assert isinstance(returned, tuple)
     return returned
@@ -346,7 +368,7 @@ class ExpertOperator(Operator):
         for node, x in zip(self.graph.find_nodes(op="placeholder"), operands, strict=True):
             size |= {str(node.meta["val"].shape[0]): x.shape[0]} if x.dim() else {}
         found: list[Tensor] = []
-        for x in (node.meta["val"] for node in _outputs(self.graph)):
+        for x in (node.meta["val"] for node in results_of(self.graph)):
             shape = [size.get(str(n), n) for n in x.shape]
             found.append(rows.new_empty_strided(shape, x.stride(), dtype=x.dtype))
         return tuple(found)
@@ -376,10 +398,10 @@ class ExpertOperator(Operator):
     def only(self, outputs: Sequence[int]) -> tuple[ExpertOperator, tuple[int, ...]]:
         key = tuple(outputs)
         if key not in self._some:
-            wanted = [_outputs(self.graph)[i] for i in key]
+            wanted = [results_of(self.graph)[i] for i in key]
             needed, inputs = ancestors(wanted), self.graph.find_nodes(op="placeholder")
             taken = tuple(i for i, x in enumerate(inputs) if i == 0 or x in needed)
-            part = _extracted(self.graph, [inputs[i] for i in taken], [], [], wanted)
+            part = extracted(self.graph, [inputs[i] for i in taken], [], [], wanted)
             given = [self.operands[i - 1] for i in taken[1:]]
             operator = ExpertOperator(self.__name__, part, self.constants, given, self.rounds)
             self._some[key] = operator, taken
@@ -403,7 +425,7 @@ class _Expertwise:
     def __init__(self, operator: ExpertOperator):
         self.rounds, self.constants = operator.rounds, operator.constants
         self.inputs = operator.graph.find_nodes(op="placeholder")
-        self.outputs = _outputs(operator.graph)
+        self.outputs = results_of(operator.graph)
         self.example = operator.example
         self.rows = [
             node
@@ -421,9 +443,9 @@ class _Expertwise:
         for node in operator.graph.nodes:
             if node.op != "output":
                 self._sort(node)
-        self.sums = [x for x in self.inside if _is_sum(x)]
+        self.sums = [x for x in self.inside if is_sum(x)]
         wanted = [*self.outputs, *(x for node in self.after for x in node.all_input_nodes)]
-        rows = (x for x in wanted if x in self.inside and x.op != "placeholder" and not _is_sum(x))
+        rows = (x for x in wanted if x in self.inside and x.op != "placeholder" and not is_sum(x))
         self.results = list(dict.fromkeys(rows))
         whole = (self.inputs[0], *self.tokens)
         self.parts = [x for x in self.before if any(user in self.inside for user in x.users)]
@@ -433,8 +455,8 @@ class _Expertwise:
 
     def _sort(self, node: fx.Node) -> None:
         inputs = [x for x in node.all_input_nodes if not _is_constant(x)]
-        rows = node in self.rows or any(x in self.inside and not _is_sum(x) for x in inputs)
-        sums = any(x in self.after or _is_sum(x) for x in inputs)
+        rows = node in self.rows or any(x in self.inside and not is_sum(x) for x in inputs)
+        sums = any(x in self.after or is_sum(x) for x in inputs)
         if node.target is SUM_ROWS:
             self.after[node] = None
             return
@@ -484,10 +506,9 @@ class _Expertwise:
                 written.add(node)
             elif node.target is PRODUCT:
                 new[node] = graph.call_function(_multiply, (new[xs[0]], part[xs[1]]))
-            elif node.target is OUTER:
-                graph.call_function(_outer_to, (new[xs[0]], new[xs[1]], count, place[node]))
-            elif node.target is GROUP_SUM:
-                graph.call_function(_sum_to, (new[xs[0]], count, place[node]))
+            elif is_sum(node):
+                rows = (new[x] for x in xs[:-1])
+                graph.call_function(SUM_TO[node.target], (*rows, count, place[node]))
             elif node.target is TOKEN_ROWS:
                 new[node] = graph.call_function(picked, (tokens[xs[0]], new[xs[1]], *xs[2:]))
             elif node.target is EXPERT_ROWS:
@@ -503,6 +524,10 @@ class _Expertwise:
         return fx.GraphModule(self.constants, graph)
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        return self.run(arguments, {})
+
+    def run(self, arguments: Sequence[Tensor], sinks: Mapping[fx.Node, Sink]) -> tuple[Any, ...]:
+        """The results, without the sums that ``sinks`` take."""
         values: dict[fx.Node, Any] = dict(zip(self.inputs, arguments, strict=True))
         for node in self.before:
             if node.op != "placeholder":
@@ -510,33 +535,62 @@ class _Expertwise:
         counts = arguments[0]
         like = arguments[self.example]
         total = like.shape[0]
-        for nodes, length in ((self.results, total), (self.sums, counts.shape[0])):
+        kept = [x for x in self.sums if x not in sinks]
+        for nodes, length in ((self.results, total), (kept, counts.shape[0])):
             for node in nodes:
                 values[node] = _new(node, length, like)
         rows = [(values[x], x in self.own) for x in self.rows]
         tokens = [values[x] for x in self.tokens]
         parts = [values[x].unbind() for x in self.parts]
         results = [values[x] for x in self.results]
-        sums = [values[x].unbind() for x in self.sums]
+        sums = [sinks[x] if x in sinks else _Stack(values[x]) for x in self.sums]
         multiple = ROW_MULTIPLE if self.rounds and onednn.is_faster() else 1
         for expert, span in enumerate(spans(counts, total)):
             count = span.stop - span.start
-            if not count:
-                for x in sums:
-                    x[expert].zero_()
-                continue
-            missing = -count % multiple
-            taken = [_padded(x, span, missing, own) for x, own in rows]
-            own, to = [x[expert] for x in parts], [x[span] for x in results]
-            self._expert(count, *taken, *tokens, *own, *to, *(x[expert] for x in sums))
+            places = [x.place(expert) for x in sums]
+            if count:
+                missing = -count % multiple
+                taken = [_padded(x, span, missing, own) for x, own in rows]
+                own, to = [x[expert] for x in parts], [x[span] for x in results]
+                self._expert(count, *taken, *tokens, *own, *to, *places)
+            else:
+                for place in places:
+                    place.zero_()
+            for x in sums:
+                x.take(expert)
         for node in self.after:
             values[node] = _call(node, values)
-        return tuple(values[x] for x in self.outputs)
+        return tuple(values[x] for x in self.outputs if x not in sinks)
 
 
-def _is_sum(node: fx.Node) -> bool:
+class Sink(Protocol):
+    """What takes the sums over the rows of each expert, one after another."""
+
+    def place(self, expert: int) -> Tensor:
+        """Where an expert's sum is written."""
+        ...
+
+    def take(self, expert: int) -> None:
+        """Called when it is."""
+        ...
+
+
+class _Stack:
+    """Sums that are kept, in one tensor."""
+
+    def __init__(self, whole: Tensor):
+        self.parts = whole.unbind()
+
+    def place(self, expert: int) -> Tensor:
+        return self.parts[expert]
+
+    def take(self, expert: int) -> None:
+        pass
+
+
+def is_sum(node: fx.Node) -> bool:
     """Whether a node takes rows and gives a part for each expert."""
-    return node.target in (OUTER, GROUP_SUM)
+    return node.target in SUM_TO
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -621,6 +675,10 @@ def _without_tail(rows: Tensor, count: int) -> Tensor:
 
 def _sum_to(rows: Tensor, count: int, to: Tensor) -> None:
     torch.sum(rows[:count], 0, out=to)
+
+
+# Sums over rows: of operands that are rows, of how many of them, and where to.
+SUM_TO: dict[Any, Callable[..., None]] = {OUTER: _outer_to, GROUP_SUM: _sum_to}
 
 
 def _repeat(part: Tensor, rows: Tensor) -> Tensor:

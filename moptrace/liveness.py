@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import moptrace.kernels.host_memory  # noqa: F401  registers the operators
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES, collective, start, wait
 from moptrace.core import Program
+from moptrace.kernels.updating_experts import UpdatingExperts
 from moptrace.passes.drop_tokens import share_kept
 from moptrace.rings import workspace
 
@@ -69,12 +71,14 @@ def peak_memory(program: Program) -> Peak:
     The program's inputs are alive throughout. Every other value is alive from its node to the last
     node that uses it or a view of it; what a collective sends is used until the ``wait``, and what
     it brings takes memory from the ``start`` on. A new value of an input is written over the old
-    one, and then gone, as soon as nothing needs the old one (``write_backs``). Routed rows are
-    counted as if every rank got as many as it sends. Of what operators need while they run, that of
-    rings is counted: what is on its way around, and sums that travel with it.
+    one, and then gone, as soon as nothing needs the old one (``write_backs``); a fused update
+    writes it there at once (``overwritable``). Routed rows are counted as if every rank got as many
+    as it sends. Of what operators need while they run, that of rings is counted: what is on its way
+    around, and sums that travel with it.
     """
     spans = lifetimes(program)
-    sizes = sizes_of_values(program)
+    in_place = {new for pairs in overwritable(program).values() for _, new in pairs}
+    sizes = {x: 0 if x in in_place else n for x, n in sizes_of_values(program).items()}
     ends: dict[fx.Node, list[fx.Node]] = {}
     for node, final in spans.items():
         ends.setdefault(final, []).append(node)
@@ -192,7 +196,7 @@ def write_backs(program: Program) -> dict[fx.Node, list[tuple[fx.Node, fx.Node]]
 
 
 def overwritable(program: Program) -> dict[fx.Node, list[tuple[fx.Node, fx.Node]]]:
-    """The fused updates that may write new values over their operands: (operand, new value).
+    """The updates that may write new values over their operands: (operand, new value).
 
     Nothing reads an operand afterwards, and it is either memory of its own or the very input that
     the new value replaces.
@@ -201,17 +205,31 @@ def overwritable(program: Program) -> dict[fx.Node, list[tuple[fx.Node, fx.Node]
     last = _last_uses(program, root)
     replaced = {new: old for pairs in write_backs(program).values() for old, new in pairs}
     found: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
-    for node in program.graph.find_nodes(op="call_function", target=ops.fused_adam.default):
-        results = {user.args[1]: user for user in node.users}
-        operands = (node.args[0], *node.args[2])
-        pairs = [(operand, results[i]) for i, operand in enumerate(operands) if i in results]
-        if len(pairs) == len(operands) and all(
-            last[root[old]] is node
-            and (replaced.get(new) is old if root[old].op == "placeholder" else True)
-            for old, new in pairs
+    for node in program.nodes:
+        wanted = _overwritten(node)
+        results = {user.args[1]: user for user in node.users} if wanted else {}
+        pairs = [(operand, results[i]) for operand, i in wanted if i in results]
+        if (
+            wanted
+            and len(pairs) == len(wanted)
+            and all(
+                last[root[old]] is node
+                and (replaced.get(new) is old if root[old].op == "placeholder" else True)
+                for old, new in pairs
+            )
         ):
             found[node] = pairs
     return found
+
+
+def _overwritten(node: fx.Node) -> list[tuple[fx.Node, int]]:
+    """The operands over which an operator has a way to write new values, and these' numbers."""
+    args: Any = node.args
+    if node.target is ops.fused_adam.default:
+        return list(zip((args[0], *args[2]), count(), strict=False))
+    if isinstance(node.target, UpdatingExperts):
+        return [(args[operand], number) for operand, number in node.target.overwrites]
+    return []
 
 
 def _last_uses(

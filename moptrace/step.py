@@ -24,6 +24,7 @@ from moptrace.costs import Machine
 from moptrace.errors import StepError
 from moptrace.explain import Explanation
 from moptrace.kernels.host_memory import finish_copies
+from moptrace.kernels.updating_experts import UpdatingExperts
 from moptrace.liveness import Peak, overwritable, peak_memory, write_backs
 from moptrace.parallel import ParallelModule, part_of_batch
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
@@ -34,6 +35,7 @@ from moptrace.passes.default import overlapped
 from moptrace.passes.defer_updates import PENDING, defer_updates, leave_updates, pending_updates
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.fit_activations import fit_activations
+from moptrace.passes.fuse_updates import fuse_updates
 from moptrace.passes.offload import offload
 from moptrace.passes.pipeline import pipeline
 from moptrace.passes.recompute import recompute
@@ -483,8 +485,9 @@ class Stepper:
         how = self._early
         if self.defers and not makes_state(finished):
             how = defer_updates() if self.pending else leave_updates()
+        fused = fuse_updates() if how is self._early and how is not None else None
         late = None if self._is_pipelined(local) else self._activations
-        program = self._made(finished, how, self._stream, late, self._schedule)
+        program = self._made(finished, how, self._stream, fused, late, self._schedule)
         self._sources[program] = (kind, finished)
         return program
 
@@ -668,7 +671,7 @@ def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
     ]
     module.graph.output_node().args = (tuple(kept),)
     for node, pairs in overwritable(program).items():
-        nodes[node].target = ops.fused_adam_.default
+        nodes[node].target = _in_place(node.target)
         for old, new in pairs:
             nodes[new].replace_all_uses_with(nodes[old])
             module.graph.erase_node(nodes[new])
@@ -681,6 +684,11 @@ def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
     erase_dead(module.graph)
     module.recompile()
     return module
+
+
+def _in_place(target: Any) -> Any:
+    """The operator that writes new values over the old ones, for one that returns them."""
+    return target.in_place if isinstance(target, UpdatingExperts) else ops.fused_adam_.default
 
 
 def _names(model: ParallelModule, optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, str]:

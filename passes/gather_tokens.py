@@ -44,11 +44,12 @@ def gather_tokens(layout: Layout) -> Pass:
         found = graph.find_nodes(op="call_function", target=ops.dispatch.default)
         if not axes or not found:
             return program
-        if unsaid := [axis for axis in axes if layout.said_along(_of_tokens(layout), axis) is None]:
+        split = _of_tokens(layout)
+        if unsaid := [axis for axis in axes if layout.said_along(split, axis) is None]:
             return program.with_note(
-                f"the ranks of {' and '.join(unsaid)} hold parts of several sequences, which are no "
-                f"slice of the batch {layout.tokens}, so tokens are sent to experts and not "
-                "gathered; choose sizes one of which divides the other"
+                f"the ranks of {' and '.join(unsaid)} hold parts of several sequences, no slice of "
+                "the batch, so tokens are sent to experts and not gathered; they would be where "
+                "the ranks that share experts share one sequence, or each has whole ones"
             )
         notes: list[str] = []
         for node in found:
