@@ -9,7 +9,7 @@ next expert takes the same memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
-from moptrace.kernels.as_one import Operator, as_one
+from moptrace.kernels.as_one import as_one
 from moptrace.kernels.expert_function import (
     SUM_TO,
     ExpertOperator,
@@ -94,7 +94,7 @@ class UpdatingExperts(ExpertOperator):
         name = f"{backward.__name__}_and_update"
         own = backward.constants, backward.operands, backward.rounds
         super().__init__(name, backward.graph, *own)
-        self.updates = tuple(updates)
+        self.backward, self.updates = backward, tuple(updates)
         taken = {update.result for update in updates}
         returned = results_of(self.graph)
         self.taken = [returned[update.result] for update in updates]
@@ -131,9 +131,16 @@ class UpdatingExperts(ExpertOperator):
         new = (torch.empty_like(operands[place]) for place, _ in self.overwrites)
         return (*(own[i] for i in self.left), *new)
 
-    def only(self, outputs: Sequence[int]) -> tuple[Operator, tuple[int, ...]]:
-        """Updates are never left out: whoever made the operator has taken what it needs."""
-        raise NotImplementedError(f"{self.__name__} gives all of its results")
+    def only(self, outputs: Sequence[int]) -> tuple[UpdatingExperts, tuple[int, ...]]:
+        """Some of the results that are left, and all new values."""
+        new = range(len(self.left), len(self.left) + len(self.overwrites))
+        assert set(new) <= set(outputs), "an update whose result nobody wants"
+        left = [self.left[i] for i in outputs if i not in new]
+        wanted = sorted([*left, *(update.result for update in self.updates)])
+        backward, taken = self.backward.only(wanted)
+        updates = [replace(x, result=wanted.index(x.result)) for x in self.updates]
+        states = range(self.spans[0].start, self.spans[-1].stop)
+        return UpdatingExperts(backward, updates), (*taken, *states)
 
     @cached_property
     def rows(self) -> Callable[..., tuple[Any, ...]]:

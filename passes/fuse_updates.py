@@ -159,7 +159,8 @@ class _Found:
         assert isinstance(backward, ExpertOperator)
         made = UpdatingExperts(backward, [_as_operand(update) for update in updates])
         taken = [x for update in updates for x in (*update.parts, *update.numbers)]
-        call = graph.call_function(made, tuple(new[x] for x in (*node.args, *taken)))
+        given: Any = (*node.args, *taken)
+        call = graph.call_function(made, tuple(new[x] for x in given))
         roles.copy_role(call, of=node)
         picks = {pick.args[1]: pick for pick in node.users}
         values = roles.value(node)

@@ -136,6 +136,27 @@ def test_what_others_need_is_left() -> None:
     assert updated(fuse_updates()(with_reader(program, parameter))) == 5
 
 
+def test_results_that_nothing_uses_are_not_computed() -> None:
+    program = program_of()
+    (node,) = updating(program)
+    operator: Any = node.target
+    part, taken = operator.only(range(1, len(roles.value(node))))
+    assert part.left == [] and len(part.updates) == len(operator.updates)
+    values = [roles.tensor(x) for x in node.all_input_nodes]
+    of = dict(zip(node.all_input_nodes, map(numbers, values), strict=True))
+    given = [torch.tensor([3, ROWS - 3]), *(of[x] for x in node.args[1:])]  # type: ignore[index]
+    found, whole = part(*(given[i] for i in taken)), operator(*given)
+    assert all(torch.equal(a, b) for a, b in zip(found, whole[1:], strict=True))
+
+
+ROWS = 7
+
+
+def numbers(like: Tensor) -> Tensor:
+    shape = [n if isinstance(n, int) else ROWS for n in like.shape]
+    return torch.rand(shape, dtype=torch.float64).to(like.dtype)
+
+
 def without_fusion() -> Program:
     fused = program_of()
     return next(p for p in reversed(fused.history) if not updating(p))
