@@ -88,7 +88,8 @@ def train_step(
     pass, such as ``passes.checkpoint.checkpoint("attention")``.
 
     ``updates`` says when the optimizer works: ``"after"`` backward; in ``"backward"``, on each
-    parameter as soon as its gradient is final, which clipping does not allow; or in the
+    parameter as soon as its gradient is final, which clipping does not allow, and on experts one by
+    one, so that the gradients of all of them are never there (``passes.fuse_updates``); or in the
     ``"forward"`` of the next step, on each parameter just before its first use. The last leaves
     updates pending between steps: ``step.flush()`` finishes them, and whatever reads the model or
     the optimizer through their own methods calls it first. ``state="host"`` keeps the optimizer's
