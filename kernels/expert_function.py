@@ -37,6 +37,7 @@ from moptrace.kernels import onednn
 from moptrace.kernels.as_one import Operator, as_one
 from moptrace.kernels.aten_routing import picked
 from moptrace.kernels.grouped_mm import ROW_MULTIPLE, spans
+from moptrace.kernels.memory_reuse import reuse_memory
 from moptrace.kernels.selection import ONEDNN_WIDTH, choose
 from moptrace.kernels.triton_expert_function import Tiled
 
@@ -506,6 +507,7 @@ class _Expertwise:
                 written.add(node)
             elif node.target is PRODUCT:
                 new[node] = graph.call_function(_multiply, (new[xs[0]], part[xs[1]]))
+                new[node].meta = dict(node.meta)
             elif is_sum(node):
                 rows = (new[x] for x in xs[:-1])
                 graph.call_function(SUM_TO[node.target], (*rows, count, place[node]))
@@ -521,6 +523,7 @@ class _Expertwise:
             if node not in written:
                 graph.call_function(_copy_to, (new[node], count, place[node]))
         graph.output(None)
+        reuse_memory(graph, fresh=(_multiply,))
         return fx.GraphModule(self.constants, graph)
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
