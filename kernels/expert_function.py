@@ -32,7 +32,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.fx.node import map_arg
 
-from moptrace.core import ancestors
+from moptrace.core import ancestors, copy_node
 from moptrace.kernels import onednn
 from moptrace.kernels.as_one import Operator, as_one
 from moptrace.kernels.aten_routing import picked
@@ -289,7 +289,7 @@ def _extracted(
     for node in joint.nodes:
         is_known = all(x in new for x in node.all_input_nodes)
         if node.op in ("call_function", "get_attr") and node not in new and is_known:
-            new[node] = graph.node_copy(node, new.__getitem__)
+            new[node] = copy_node(graph, node, new.__getitem__)
     graph.output(tuple(new[x] for x in returned))
     graph.eliminate_dead_code()
     return graph
@@ -495,7 +495,7 @@ class _Expertwise:
             elif any(x in part or x in tokens for x in node.all_input_nodes):
                 raise ValueError(f"{node.format_node()} takes the parameters of all experts")
             else:
-                new[node] = graph.node_copy(node, new.__getitem__)
+                new[node] = copy_node(graph, node, new.__getitem__)
         for node in self.results:
             if node not in written:
                 graph.call_function(_copy_to, (new[node], count, place[node]))

@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from moptrace import roles
-from moptrace.core import erase_dead, is_random
+from moptrace.core import copy_node, erase_dead, is_random
 from moptrace.random import draw
 from moptrace.recorder import unwrapped
 from moptrace.roles import Role
@@ -154,7 +154,7 @@ def splice(
         elif old.op == "output":
             return [copies[x] for x in old.args[0]]
         else:
-            copies[old] = graph.node_copy(old, copies.__getitem__)
+            copies[old] = copy_node(graph, old, copies.__getitem__)
     raise AssertionError("the recording has no output")
 
 
