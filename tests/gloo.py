@@ -28,7 +28,13 @@ LIMIT = 120.0  # seconds that a function may take on all ranks
 PRELOADED = [
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
-    "moptrace",
+    "moptrace.testing",
+    # What torch imports when it traces for the first time: as many modules as all others.
+    "torch._inductor.compiler_bisector",
+    "torch._inductor.fx_passes.dedupe_symint_uses",
+    "torch._inductor.sizevars",
+    "torch.export._trace",
+    "torch.fx.experimental.validator",
     *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
 ]
 
