@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -33,6 +33,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.fx.node import map_arg
 
 from moptrace.core import ancestors, copy_node
+from moptrace.fake import fake_mode
 from moptrace.kernels import onednn
 from moptrace.kernels.as_one import Operator, as_one
 from moptrace.kernels.aten_routing import picked
@@ -218,7 +219,7 @@ def _differentiated(
         return [*results, *(next(found) if f else None for f in floating)]
 
     # Autograd makes real tensors of numbers, such as the zero of a clamp's gradient.
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode = fake_mode(ShapeEnv())
     free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
     example = torch.empty(11, 5, 7, dtype=torch.int64)
     rows, experts, tokens = mode.from_tensor(example, symbolic_context=free).shape

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from moptrace import roles
 from moptrace.core import copy_node, erase_dead, is_random
+from moptrace.fake import fake_mode
 from moptrace.random import draw
 from moptrace.recorder import unwrapped
 from moptrace.roles import Role
@@ -104,7 +104,7 @@ def record(
     raises, and ``GuardOnDataDependentSymNode`` where it branches on data.
     """
     constants = constants or {}
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode = fake_mode(ShapeEnv())
     given = {**examples, **constants}
     with mode:
         fakes = [
