@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -32,7 +32,8 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.fx.node import map_arg
 
-from moptrace.core import ancestors
+from moptrace.core import ancestors, copy_node
+from moptrace.fake import fake_mode
 from moptrace.kernels import onednn
 from moptrace.kernels.as_one import Operator, as_one
 from moptrace.kernels.aten_routing import picked
@@ -229,7 +230,7 @@ def _differentiated(
         return [*results, *(next(found) if f else None for f in floating)]
 
     # Autograd makes real tensors of numbers, such as the zero of a clamp's gradient.
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode = fake_mode(ShapeEnv())
     free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
     example = torch.empty(11, 5, 7, dtype=torch.int64)
     rows, experts, tokens = mode.from_tensor(example, symbolic_context=free).shape
@@ -312,7 +313,7 @@ def extracted(
     for node in joint.nodes:
         is_known = all(x in new for x in node.all_input_nodes)
         if node.op in ("call_function", "get_attr") and node not in new and is_known:
-            new[node] = graph.node_copy(node, new.__getitem__)
+            new[node] = copy_node(graph, node, new.__getitem__)
     graph.output(tuple(new[x] for x in returned))
     graph.eliminate_dead_code()
     return graph
@@ -518,7 +519,7 @@ class _Expertwise:
             elif any(x in part or x in tokens for x in node.all_input_nodes):
                 raise ValueError(f"{node.format_node()} takes the parameters of all experts")
             else:
-                new[node] = graph.node_copy(node, new.__getitem__)
+                new[node] = copy_node(graph, node, new.__getitem__)
         for node in self.results:
             if node not in written:
                 graph.call_function(_copy_to, (new[node], count, place[node]))

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
 from moptrace import roles
-from moptrace.core import ancestors
+from moptrace.core import ancestors, copy_node
 from moptrace.kernels.as_one import Operator, as_one
 
 __all__ = ["MatrixFunction"]
@@ -85,7 +85,7 @@ class MatrixFunction(Operator):
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         for node in self.graph.nodes:
             if node in kept and node.op != "output":
-                copies[node] = graph.node_copy(node, copies.__getitem__)
+                copies[node] = copy_node(graph, node, copies.__getitem__)
         graph.output(tuple(copies[x] for x in wanted))
         each = [self.each[i] for i in taken]
         return MatrixFunction(self.__name__, graph, each, self.constants), taken
@@ -95,7 +95,7 @@ class MatrixFunction(Operator):
         if device not in self._modules:
             graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
             for node in self.graph.nodes:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
+                copies[node] = copy_node(graph, node, copies.__getitem__)
                 if "device" in node.kwargs:
                     copies[node].update_kwarg("device", device)
             root = torch.nn.Module()

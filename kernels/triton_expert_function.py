@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
-from moptrace.core import ancestors
+from moptrace.core import ancestors, copy_node
 from moptrace.kernels.as_one import Operator, as_one
 from moptrace.kernels.row_expressions import (
     EXPERT_ROWS,
@@ -319,7 +319,7 @@ class Tiled:
                 left += self._taken(node)
         graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
         for node in self.old.find_nodes(op="placeholder"):
-            new[node] = graph.node_copy(node)
+            new[node] = copy_node(graph, node)
         for node in self.old.nodes:
             if node in needed and node.op != "output":
                 self._write(graph, node, new)
@@ -337,7 +337,7 @@ class Tiled:
             self._write(graph, x, new)
         kernel = self.kernel_of.get(node)
         if kernel is None:
-            new[node] = graph.node_copy(node, new.__getitem__)
+            new[node] = copy_node(graph, node, new.__getitem__)
             return
         call = graph.call_function(kernel, tuple(new[x] for x in kernel.operands))
         for at, result in enumerate(kernel.results):

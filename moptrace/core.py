@@ -215,7 +215,7 @@ class Program:
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+            mapping[node] = copy_node(graph, node, mapping.__getitem__)
         return graph, mapping
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
@@ -353,6 +353,21 @@ def _made_by(program: Program) -> str:
 def args_of(node: fx.Node) -> tuple[Any, ...]:
     """A node's arguments, of whatever type."""
     return node.args
+
+
+def copy_node(
+    graph: fx.Graph, node: fx.Node, operand: Callable[[fx.Node], Any] = lambda x: x
+) -> fx.Node:
+    """Copy a node, of any graph, to the insertion point of this one; ``operand`` maps its operands.
+
+    ``Graph.node_copy`` does the same in twice the time: it looks through all operands for symbolic
+    numbers, to warn of them.
+    """
+    args, kwargs = fx.map_arg(node.args, operand), fx.map_arg(node.kwargs, operand)
+    new = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+    new._update_args_kwargs(args, kwargs)
+    new.meta = node.meta.copy()
+    return new
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

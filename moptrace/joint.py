@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -23,7 +22,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from moptrace import roles
-from moptrace.core import erase_dead, is_random
+from moptrace.core import copy_node, erase_dead, is_random
+from moptrace.fake import fake_mode
 from moptrace.random import draw
 from moptrace.recorder import unwrapped
 from moptrace.roles import Role
@@ -104,7 +104,7 @@ def record(
     raises, and ``GuardOnDataDependentSymNode`` where it branches on data.
     """
     constants = constants or {}
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode = fake_mode(ShapeEnv())
     given = {**examples, **constants}
     with mode:
         fakes = [
@@ -154,7 +154,7 @@ def splice(
         elif old.op == "output":
             return [copies[x] for x in old.args[0]]
         else:
-            copies[old] = graph.node_copy(old, copies.__getitem__)
+            copies[old] = copy_node(graph, old, copies.__getitem__)
     raise AssertionError("the recording has no output")
 
 

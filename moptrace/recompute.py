@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from moptrace import roles
 from moptrace.collectives import Communicator
+from moptrace.core import copy_node
 
 __all__ = ["Region", "recomputed", "with_regions"]
 
@@ -107,7 +108,7 @@ def with_regions(graph: fx.Graph) -> fx.Graph:
     result, new = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
         if not roles.role(node).recompute:
-            new[node] = result.node_copy(node, new.__getitem__)
+            new[node] = copy_node(result, node, new.__getitem__)
         elif node in last:
             _call(result, last[node], members[last[node]], new)
     return result
@@ -124,7 +125,7 @@ def _call(
     for x in operands:
         own[x] = body.placeholder(x.name)
     for node in nodes:
-        own[node] = body.node_copy(node, own.__getitem__)
+        own[node] = copy_node(body, node, own.__getitem__)
     body.output(tuple(own[node] for node in results))
     call = graph.call_function(Region(name, body), tuple(new[x] for x in operands))
     for number, node in enumerate(results):

@@ -41,6 +41,7 @@ from moptrace import roles
 from moptrace.cleaning import cleaned
 from moptrace.core import Buffer, Input, Level, Output, Parameter, Program, Signature
 from moptrace.errors import TraceError
+from moptrace.fake import fake_mode
 from moptrace.recorder import LIBRARIES, CustomFunction, GenericShapes, Recorder, Refusal, unwrapped
 from moptrace.routing_facts import Facts
 
@@ -285,7 +286,7 @@ def _capture(
     leaves, spec = pytree.tree_flatten_with_path((args, kwargs))
     inputs = [(_path_name(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
     shapes = GenericShapes()
-    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    mode = fake_mode(shapes)
     fakes = [_fake(x, mode) for x in (*(s.tensor for s in slots), *(x for _, x in inputs))]
     results: _Results | None = None
 

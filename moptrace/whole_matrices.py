@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES
-from moptrace.core import Parameter, ancestors
+from moptrace.core import Parameter, ancestors, copy_node
 from moptrace.costs import operations, products
 from moptrace.errors import StepError
 from moptrace.joint import Recording, name_of, splice
@@ -412,7 +412,7 @@ class _Writer:
             return self.new[node]
         for x in node.all_input_nodes:
             self._taken(x, node)
-        new = self.graph.node_copy(node, lambda x: self._taken(x, node))
+        new = copy_node(self.graph, node, lambda x: self._taken(x, node))
         _resize(new, node, self.cut, inside=False)
         self.new[node] = new
         return new
@@ -511,7 +511,7 @@ def matrix_function(name: str, cut: Cut) -> MatrixFunction:
         elif node not in copies:  # a number, or a node of the cut
             for x in node.all_input_nodes:
                 inside(x)
-            copies[node] = graph.node_copy(node, inside)
+            copies[node] = copy_node(graph, node, inside)
             _resize(copies[node], node, cut, inside=True)
         return copies[node]
 

@@ -13,7 +13,7 @@ from torch import fx
 import moptrace.kernels.balancing  # noqa: F401  registers the operators
 from moptrace import roles
 from moptrace.balance import Balance
-from moptrace.core import Level, Pass, Program
+from moptrace.core import Level, Pass, Program, copy_node
 from moptrace.passes.drop_tokens import rows_of
 from moptrace.passes.fuse_experts import VIEWS
 from moptrace.placement import INVARIANT, PARTIAL, Kind, Layout, Placement, Rows, Shard, View
@@ -267,7 +267,7 @@ class _Layer:
         if _keeps_experts(x):  # before it is viewed, it lies as it is sent
             source = self._host(x.all_input_nodes[0], user)
             with graph.inserting_after(source):
-                new = graph.node_copy(x, lambda _: source)
+                new = copy_node(graph, x, lambda _: source)
         else:
             with graph.inserting_after(max(x, plan.hosts)):
                 args = (x, plan.hosts, plan.axis, plan.places, plan.experts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from moptrace import roles
-from moptrace.core import Level, Pass, Program, ancestors
+from moptrace.core import Level, Pass, Program, ancestors, copy_node
 from moptrace.kernels import chunks
 from moptrace.placement import Placement
 from moptrace.random import draw
@@ -203,7 +203,7 @@ class _Writer:
             for node in self.layer.nodes
         }
         for node in self.layer.nodes:
-            new[node] = made = self.graph.node_copy(node, lambda x: new.get(x, x))
+            new[node] = made = copy_node(self.graph, node, lambda x: new.get(x, x))
             for at, piece in of_tokens[node].items():
                 made.update_arg(at, piece)
             if made.target is draw:  # of its own, not as the other chunks do

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from moptrace import roles
 from moptrace.compiled import CompiledRegion
-from moptrace.core import Level, Pass, Program, connected
+from moptrace.core import Level, Pass, Program, connected, copy_node
 from moptrace.liveness import is_view
 from moptrace.roles import Component
 
@@ -192,7 +192,7 @@ def _written(program: Program, at: dict[fx.Node, tuple[_Run, CompiledRegion]]) -
                 roles.set_value(new[result], roles.value(result))
                 roles.copy_role(new[result], of=result)
         elif node not in inside:
-            new[node] = graph.node_copy(node, new.__getitem__)
+            new[node] = copy_node(graph, node, new.__getitem__)
     return graph
 
 

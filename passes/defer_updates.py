@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from moptrace import roles
-from moptrace.core import Level, Output, Pass, Program, State
+from moptrace.core import Level, Output, Pass, Program, State, copy_node
 from moptrace.placement import Placement
 from moptrace.roles import Component
 from moptrace.updates import Updates, add_state
@@ -113,7 +113,7 @@ class _Rotation:
         given = [node for node in self.old.nodes if node.op in ("placeholder", "get_attr")]
         for node in given:
             if node.name not in batch:
-                self.before[node] = self.after[node] = self.graph.node_copy(node)
+                self.before[node] = self.after[node] = copy_node(self.graph, node)
         for node, operand in self.updates.operands.items():
             path, value = PENDING + operand.path, roles.tensor(node)
             name = re.sub(r"\W", "_", path)
@@ -125,7 +125,7 @@ class _Rotation:
         if self.leaves:
             for node in given:
                 if node.name in batch:
-                    self.after[node] = self.graph.node_copy(node)
+                    self.after[node] = copy_node(self.graph, node)
 
     def _held(self, fqn: str | None, value: torch.Tensor) -> Placement | None:
         """How the ranks hold what waits for a parameter: a gradient as that, a number alike."""
@@ -143,12 +143,12 @@ class _Rotation:
             for operand in node.all_input_nodes:
                 if operand.op == "placeholder" and owner.get(operand.name) in self.left:
                     self._update(owner[operand.name])
-            self.after[node] = self.graph.node_copy(node, self.after.__getitem__)
+            self.after[node] = copy_node(self.graph, node, self.after.__getitem__)
 
     def _update(self, fqn: str) -> None:
         for node in self.left.pop(fqn).nodes:
             if node not in self.before:
-                self.before[node] = self.graph.node_copy(node, self.before.__getitem__)
+                self.before[node] = copy_node(self.graph, node, self.before.__getitem__)
         for output, new in self.updates.outputs[fqn]:
             if output.updates in self.parameters:
                 self.after[self.parameters[output.updates]] = self.before[new]

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES, conversion
-from moptrace.core import Level, Pass, Program, erase_dead
+from moptrace.core import Level, Pass, Program, copy_node, erase_dead
 from moptrace.errors import PlacementError
 from moptrace.infer import travels
 from moptrace.passes.drop_tokens import keeper
@@ -105,7 +105,7 @@ class _Localizer:
     # --- ordinary operators ---
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        new = self.graph.node_copy(node, self.new.__getitem__)
+        new = copy_node(self.graph, node, self.new.__getitem__)
         roles.set_value(new, self._local_value(node))
         return new
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.collectives import start, wait
-from moptrace.core import Level, Pass, Program
+from moptrace.core import Level, Pass, Program, copy_node
 from moptrace.costs import products
 from moptrace.errors import PassError
 from moptrace.rings import ring, ring_backward
@@ -48,7 +48,7 @@ def overlap(ahead: int = 1, prefetch: int = 2, cover: int = 2, reach: int = 24) 
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in order:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node] = copy_node(graph, node, copies.__getitem__)
         return program.with_graph(graph)
 
     options = tuple(numbers.items())

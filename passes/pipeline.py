@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from moptrace import roles
-from moptrace.core import Level, Pass, Program
+from moptrace.core import Level, Pass, Program, copy_node
 from moptrace.errors import PassError
 from moptrace.roles import Component
 from moptrace.stages import Task, hop, in_order, share, stages_of
@@ -36,7 +36,7 @@ def pipeline() -> Pass:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in order:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node] = copy_node(graph, node, copies.__getitem__)
         return shared.with_graph(graph)
 
     return Pass("pipeline", rewrite, takes=(Level.STEP,), needs=("differentiate",))

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from moptrace import roles
 from moptrace.collectives import conversion
-from moptrace.core import Level, Pass, Program, erase_dead
+from moptrace.core import Level, Pass, Program, copy_node, erase_dead
 from moptrace.errors import PlacementError
 from moptrace.infer import Held, infer, satisfies, token_blocks
 from moptrace.placement import (
@@ -413,7 +413,7 @@ class _Placer:
                 goal = goal if have == want else goal.with_kind(axis.name, want)
             moved = self._move(source, held, goal, before)
             with self.graph.inserting_before(before):
-                new = self.graph.node_copy(x, lambda n: moved if n is source else n)
+                new = copy_node(self.graph, x, lambda n: moved if n is source else n)
             roles.set_role(new, placements=(self.layout.normalised(wanted),))
             self._provenance(new)
             self.moved[key] = new
@@ -428,7 +428,7 @@ class _Placer:
                 args = (x, counts, axis, str(source), str(target))
                 new = self.graph.call_function(route, args)
             elif _is_fill(x) and isinstance(source, Invariant) and isinstance(target, Shard):
-                new = self.graph.node_copy(x, lambda n: n)  # each rank fills its own part
+                new = copy_node(self.graph, x)  # each rank fills its own part
                 roles.set_role(new, rule=None)
             else:
                 step = _first_step(source, target, x, now, axis)

@@ -10,7 +10,7 @@ from torch import fx
 from moptrace import roles
 from moptrace.activations import rows_of_dispatch
 from moptrace.collectives import collective
-from moptrace.core import Level, Pass, Program, erase_dead
+from moptrace.core import Level, Pass, Program, copy_node, erase_dead
 
 __all__ = ["computed_again", "dispatched", "recompute", "regather"]
 
@@ -123,7 +123,7 @@ def _needed_again(node: fx.Node) -> list[fx.Node]:
 
 def _copied(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
     if not rows_of_dispatch(node):
-        return graph.node_copy(node, lambda x: copies.get(x, x))
+        return copy_node(graph, node, lambda x: copies.get(x, x))
     tokens, experts, order = (copies.get(x, x) for x in dispatched(node))
     choices = roles.tensor(experts).shape[1]
     token = graph.call_function(aten.floor_divide.default, (order, choices))

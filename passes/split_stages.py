@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from moptrace import roles
 from moptrace.activations import layer_entries
-from moptrace.core import Level, Pass, Program
+from moptrace.core import Level, Pass, Program, copy_node
 from moptrace.costs import Machine, operator_costs
 from moptrace.errors import PassError, PlanError
 from moptrace.rules import rule_for
@@ -119,7 +119,7 @@ class _Split:
         return min(self.needed[node]) if node in self.needed else None
 
     def _copy(self, node: fx.Node, stage: int | None) -> None:
-        copy = self.graph.node_copy(node, lambda x: self._at(x, stage))
+        copy = copy_node(self.graph, node, lambda x: self._at(x, stage))
         self.copies[node, stage] = copy
 
     def _at(self, node: fx.Node, stage: int | None) -> fx.Node:

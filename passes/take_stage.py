@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from moptrace import roles
-from moptrace.core import Level, Pass, Program, erase_dead
+from moptrace.core import Level, Pass, Program, copy_node, erase_dead
 from moptrace.errors import PassError
 from moptrace.stages import hop, receive, received, send, share, shared, stages_of
 
@@ -68,7 +68,7 @@ class _Taken:
         ]
         given, *tasks = self._tasks()
         for node in given:
-            self.copies[node] = self.graph.node_copy(node)
+            self.copies[node] = copy_node(self.graph, node)
         self._send()
         for task, following in zip_longest(tasks, tasks[1:], fillvalue=[]):
             for coming in following:
@@ -120,7 +120,7 @@ class _Taken:
             args = (x, list(value.shape), value.dtype, source)
             self.copies[node] = self._made(shared, args, node, {"device": value.device})
         else:
-            self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+            self.copies[node] = copy_node(self.graph, node, self.copies.__getitem__)
 
     def _send(self) -> None:
         """Send what is there, to each stage in the order in which that takes it."""

@@ -7,7 +7,7 @@ from collections import defaultdict
 from torch import fx
 
 from moptrace import roles
-from moptrace.core import Level, Pass, Program
+from moptrace.core import Level, Pass, Program, copy_node
 from moptrace.errors import PassError
 from moptrace.roles import Component
 from moptrace.updates import Updates
@@ -40,7 +40,7 @@ def update_early() -> Pass:
         copies: dict[fx.Node, fx.Node] = {}
         for node in program.nodes:
             for each in (*(() if node in updates.nodes else (node,)), *ready[node]):
-                copies[each] = graph.node_copy(each, copies.__getitem__)
+                copies[each] = copy_node(graph, each, copies.__getitem__)
         return program.with_graph(graph)
 
     return Pass("update_early", rewrite, takes=(Level.STEP,), needs=("apply_optimizer",))
