@@ -11,7 +11,7 @@ from torch import fx
 
 from moptrace import roles
 from moptrace.activations import communicates
-from moptrace.core import Level, Pass, Program, ancestors
+from moptrace.core import Level, Pass, Program, ancestors, copy_node
 from moptrace.kernels.expert_function import ExpertOperator, is_sum, results_of
 from moptrace.kernels.updating_experts import Update, UpdatingExperts
 from moptrace.liveness import storages
@@ -57,7 +57,7 @@ class _Update:
         given = (self.gradient, *self.parts, *self.numbers)
         new = {node: graph.placeholder(node.name) for node in given}
         for node in self.nodes:
-            new[node] = graph.node_copy(node, new.__getitem__)
+            new[node] = copy_node(graph, node, new.__getitem__)
         graph.output(tuple(new[x] for x in self.results))
         return graph
 
@@ -148,10 +148,10 @@ class _Found:
             if node in self.updates:
                 early = ancestors(x for update in self.updates[node] for x in update.numbers)
                 for x in sorted(early - new.keys(), key=self.place.__getitem__):
-                    new[x] = graph.node_copy(x, new.__getitem__)
+                    new[x] = copy_node(graph, x, new.__getitem__)
                 self._replace(node, graph, new)
             elif node not in new and node not in gone:
-                new[node] = graph.node_copy(node, new.__getitem__)
+                new[node] = copy_node(graph, node, new.__getitem__)
         return graph
 
     def _replace(self, node: fx.Node, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:
