@@ -20,6 +20,7 @@ from moptrace import roles
 from moptrace.activations import communicates
 from moptrace.core import Program
 from moptrace.kernels.expert_function import ExpertOperator
+from moptrace.kernels.host_update import HostUpdate
 from moptrace.kernels.matrix_function import MatrixFunction
 from moptrace.kernels.triton_expert_function import RowKernel
 from moptrace.liveness import shape_of, sizes_of_values, storages, symbols_of
@@ -35,20 +36,22 @@ Shape: TypeAlias = tuple[int, ...]
 class Machine:
     """What a rank is assumed to do in a second: the defaults are of the order of one H100.
 
-    ``flops`` of matrix products; bytes of its memory (``memory``), to other ranks (``link``), and
-    to or from the memory of the host (``host``). ``latency`` are the seconds that a collective
-    takes beside what it sends.
+    ``flops`` of matrix products; bytes of its memory (``memory``), to other ranks (``link``), to or
+    from the memory of the host (``host``), and of that memory, where the host computes
+    (``host_memory``; MoP's AdamW on a CPU, shared by eight ranks, moves as many). ``latency`` are
+    the seconds that a collective takes beside what it sends.
     """
 
     flops: float = 4e14
     memory: float = 2e12
     link: float = 5e10
     host: float = 2.5e10
+    host_memory: float = 2e10
     latency: float = 1e-5
 
 
 def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
-    """The seconds that every node takes; a view takes none."""
+    """The seconds that every node takes of the device; a view takes none."""
     symbols, sizes, root = symbols_of(program), sizes_of_values(program), storages(program)
 
     def written(node: fx.Node) -> int:
@@ -56,7 +59,8 @@ def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
 
     found: dict[fx.Node, float] = {}
     for node in program.nodes:
-        if node.op != "call_function" or root[node] is not node:
+        runs_here = node.op == "call_function" and not isinstance(node.target, HostUpdate)
+        if not runs_here or root[node] is not node:
             found[node] = 0.0
             continue
         moved = sum(sizes[x] for x in node.all_input_nodes) + written(node)

@@ -4,7 +4,8 @@
     step.trace("step.json", input_ids=ids, labels=labels)  # open it in https://ui.perfetto.dev
 
 A step has one *lane* on which operators run one after another, and beside it one for each axis, on
-which collectives travel one after another, and one for each way between the device and the host.
+which collectives travel one after another, one for each way between the device and the host, and
+one for the host, where it computes updates.
 Where an operator needs what has not come, the first lane waits: that time is *exposed*.
 """
 
@@ -29,13 +30,15 @@ from moptrace.collectives import COLLECTIVES, Collective, collective, start, wai
 from moptrace.core import Program
 from moptrace.costs import Machine, operator_costs
 from moptrace.explain import printed
+from moptrace.kernels.host_update import HostUpdate
 from moptrace.liveness import sizes_of_values
 
 __all__ = ["Span", "Timeline", "measure", "predict", "write"]
 
 ops = torch.ops.moptrace
 
-OPERATORS, WAITING = "operators", "waiting"  # lanes; the others are axes, and copies to the host
+OPERATORS, WAITING = "operators", "waiting"  # lanes; the others are axes, and those of the host
+ON_HOST = "on the host"
 HOST_COPIES = {ops.offload.default: "to the host", ops.prefetch.default: "to the device"}
 
 
@@ -159,7 +162,8 @@ def predict(program: Program, machine: Machine | None = None) -> Timeline:
     """What runs when on a machine of which the speeds are given.
 
     An operator takes as long as its products or its traffic with memory (``costs.py``), a
-    collective as long as what a rank sends, and a copy to or from the host as long as its bytes.
+    collective as long as what a rank sends, and a copy to or from the host as long as its bytes,
+    as does an update there of the host's own memory.
     What travels in a ring is hidden by the ring's work.
 
     Requires: a step.
@@ -204,6 +208,10 @@ def predict(program: Program, machine: Machine | None = None) -> Timeline:
         elif node.target in HOST_COPIES:
             lane = HOST_COPIES[node.target]
             travels(node, f"copy {lane}", lane, sizes[node] / assumed.host)
+        elif isinstance(node.target, HostUpdate):
+            seconds = node.target.bytes_moved / assumed.host_memory
+            travels(node, f"update {ON_HOST}", ON_HOST, seconds)
+            arrival.update((user, arrival[node]) for user in node.users)
         elif costs[node] > 0:
             begin, clock = clock, clock + costs[node]
             spans.append(_span(node, _component(node), OPERATORS, begin, clock))

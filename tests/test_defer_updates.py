@@ -18,11 +18,11 @@ from moptrace import Plan, Program, errors, parallelize, roles, train_step
 from moptrace.core import Pass, chain
 from moptrace.liveness import peak_memory, sizes_of_values
 from moptrace.passes.default import overlapped
-from moptrace.passes.defer_updates import PENDING
 from moptrace.passes.recompute import regather
 from moptrace.passes.stream_state import stream_state
 from moptrace.roles import Component
 from moptrace.testing import SimulatedSteps, assert_same_weights, whole_state
+from moptrace.updates import PENDING
 from subjects import assert_same_bits
 from sweeps import sweep
 from test_train_step import (
