@@ -7,14 +7,16 @@ operands are, once they have come, while the device computes and this program go
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from torch import Tensor, fx
 
-from moptrace import roles
 from moptrace.core import Program
-from moptrace.kernels.host_memory import run_on_host
+from moptrace.kernels.host_memory import finish_copies, run_on_host
 
-__all__ = ["HostUpdate"]
+__all__ = ["HostUpdate", "Started", "bring_back"]
+
+Started: TypeAlias = list[tuple[Tensor, Tensor]]  # parameters, or parts, and the host's new values
 
 
 class HostUpdate:
@@ -36,27 +38,30 @@ class HostUpdate:
     def __call__(self, *operands: Tensor) -> tuple[Tensor, ...]:
         return self._module(*operands)
 
-    @property
-    def bytes_moved(self) -> int:
-        """What its operands and results have, which the host's memory moves."""
-        nodes = [*self.body.graph.find_nodes(op="placeholder"), *self.body.outputs]
-        values = [roles.tensor(node) for node in nodes]
-        return sum(x.numel() * x.element_size() for x in values)
-
-    def beside(self, run: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
+    def beside(self, run: fx.GraphModule, started: Started) -> Callable[..., tuple[Tensor, ...]]:
         """The operator as ``run``, which writes new values over the operands that they replace.
 
-        It returns at once; ``host_memory`` knows of the results that they are not there yet.
+        It returns at once; ``host_memory`` knows of the results that they are not there yet. It
+        takes the parameter itself before its operands, and notes in ``started`` what belongs there.
         """
-        return _Beside(self, run)
+        return _Beside(self, run, started)
 
 
 class _Beside:
-    def __init__(self, update: HostUpdate, run: fx.GraphModule):
+    def __init__(self, update: HostUpdate, run: fx.GraphModule, started: Started):
         self.__name__ = update.__name__
-        self.replaced, self.run = update.replaced, run
+        self.replaced, self.run, self.started = update.replaced, run, started
 
-    def __call__(self, *operands: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, home: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
         results = tuple(operands[at] for at in self.replaced)
         run_on_host(self.run, operands, results)
+        self.started.append((home, results[0]))
         return results
+
+
+def bring_back(started: Started) -> None:
+    """Finish updates that were started, of a step that failed before it wrote the parameters."""
+    if started:
+        finish_copies()
+    for home, new in started:
+        home.copy_(new)

@@ -8,8 +8,9 @@ routing, as they do in ``liveness.py``.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +26,7 @@ from moptrace.kernels.matrix_function import MatrixFunction
 from moptrace.kernels.triton_expert_function import RowKernel
 from moptrace.liveness import shape_of, sizes_of_values, storages, symbols_of
 
-__all__ = ["Machine", "operations", "operator_costs", "products"]
+__all__ = ["Machine", "operations", "operator_costs", "products", "seconds_on_host"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -51,7 +52,7 @@ class Machine:
 
 
 def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
-    """The seconds that every node takes of the device; a view takes none."""
+    """The seconds that every node takes of the device; to pick a result, or view it, none."""
     symbols, sizes, root = symbols_of(program), sizes_of_values(program), storages(program)
 
     def written(node: fx.Node) -> int:
@@ -60,7 +61,7 @@ def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
     found: dict[fx.Node, float] = {}
     for node in program.nodes:
         runs_here = node.op == "call_function" and not isinstance(node.target, HostUpdate)
-        if not runs_here or root[node] is not node:
+        if not runs_here or root[node] is not node or node.target is operator.getitem:
             found[node] = 0.0
             continue
         moved = sum(sizes[x] for x in node.all_input_nodes) + written(node)
@@ -68,6 +69,12 @@ def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
         sent = written(node) / machine.link if communicates(node) else 0.0
         found[node] = max(computed, moved / machine.memory) + sent
     return found
+
+
+def seconds_on_host(update: HostUpdate, machine: Machine) -> float:
+    """How long the host takes for an update: each operator moves what it takes and gives."""
+    there = replace(machine, memory=machine.host_memory)
+    return sum(operator_costs(update.body, there).values())
 
 
 def products(node: fx.Node) -> int:

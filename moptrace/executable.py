@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from moptrace import roles
-from moptrace.core import Program, erase_dead
-from moptrace.kernels.host_update import HostUpdate
+from moptrace.core import Program, args_of, erase_dead
+from moptrace.kernels.host_update import HostUpdate, Started
 from moptrace.liveness import blocks_in_place, overwritable, write_backs
 
 __all__ = ["executable"]
@@ -24,12 +24,14 @@ def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
 
     It takes the program's inputs in order and returns the outputs that replace none of them. What
     reads a new value later on reads it where it was written, so that its own memory is free. A
-    fused update that nothing hinders works in place.
+    fused update that nothing hinders works in place. Its ``started`` are the updates on the host of
+    its last run, for ``bring_back``.
     """
     module = program.module(device)
     nodes = dict(zip(program.nodes, module.graph.nodes, strict=True))
     place = {node: at for at, node in enumerate(program.nodes)}
-    in_place = _start_on_host(program, nodes)
+    started: Started = []
+    in_place = _start_on_host(program, nodes, started)
     _write_blocks(program, nodes, in_place)
     for after, pairs in write_backs(program).items():
         for old, new in reversed(pairs):
@@ -59,6 +61,7 @@ def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
                     module.graph.erase_node(user)
     erase_dead(module.graph)
     module.recompile()
+    vars(module)["started"] = started
     return module
 
 
@@ -89,7 +92,19 @@ def _write_blocks(
         graph.erase_node(nodes[node])
 
 
-def _start_on_host(program: Program, nodes: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+def _home(sent: fx.Node, nodes: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The parameter, or the part, of which an update on the host takes a copy."""
+    if sent.target is not ops.block.default:
+        return nodes[args_of(sent)[0]]
+    copy, starts, sizes = args_of(sent)
+    with nodes[sent].graph.inserting_after(nodes[sent]):
+        args = (nodes[args_of(copy)[0]], starts, sizes)
+        return nodes[sent].graph.call_function(ops.block.default, args)
+
+
+def _start_on_host(
+    program: Program, nodes: Mapping[fx.Node, fx.Node], started: Started
+) -> set[fx.Node]:
     """Let the updates on the host run beside the rest; returns what they write where it belongs."""
     modules: dict[HostUpdate, fx.GraphModule] = {}
     found: set[fx.Node] = set()
@@ -98,6 +113,7 @@ def _start_on_host(program: Program, nodes: Mapping[fx.Node, fx.Node]) -> set[fx
         if isinstance(update, HostUpdate):
             if update not in modules:
                 modules[update] = executable(update.body, "cpu")
-            nodes[node].target = update.beside(modules[update])
+            nodes[node].target = update.beside(modules[update], started)
+            nodes[node].args = (_home(args_of(node)[0], nodes), *nodes[node].args)
             found |= {user for user in node.users if user.target is operator.getitem}
     return found

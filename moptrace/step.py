@@ -25,6 +25,7 @@ from moptrace.errors import StepError
 from moptrace.executable import executable
 from moptrace.explain import Explanation
 from moptrace.kernels.host_memory import finish_copies
+from moptrace.kernels.host_update import bring_back
 from moptrace.liveness import Peak, peak_memory
 from moptrace.parallel import ParallelModule, part_of_batch
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
@@ -350,10 +351,17 @@ class TrainStep:
             self._check_order(program)
             self._runs[program] = executable(program, self.model.device)
         module, arguments = self._runs[program], [*self._held(program), *inputs]
+        started: Any = module.started
         with torch.no_grad(), self.model.communicator:
-            results = run(module, arguments) if run else module(*arguments)
-            self.model.communicator.settle()
-            return results
+            try:
+                results = run(module, arguments) if run else module(*arguments)
+                self.model.communicator.settle()
+                return results
+            except Exception:
+                bring_back(started)
+                raise
+            finally:
+                started.clear()
 
     def _held(self, program: Program) -> list[Tensor]:
         """What a program takes beside the batch: parameters, buffers, the optimizer's state."""

@@ -28,7 +28,7 @@ from torch import fx
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES, Collective, collective, start, wait
 from moptrace.core import Program
-from moptrace.costs import Machine, operator_costs
+from moptrace.costs import Machine, operator_costs, seconds_on_host
 from moptrace.explain import printed
 from moptrace.kernels.host_update import HostUpdate
 from moptrace.liveness import sizes_of_values
@@ -209,7 +209,7 @@ def predict(program: Program, machine: Machine | None = None) -> Timeline:
             lane = HOST_COPIES[node.target]
             travels(node, f"copy {lane}", lane, sizes[node] / assumed.host)
         elif isinstance(node.target, HostUpdate):
-            seconds = node.target.bytes_moved / assumed.host_memory
+            seconds = seconds_on_host(node.target, assumed)
             travels(node, f"update {ON_HOST}", ON_HOST, seconds)
             arrival.update((user, arrival[node]) for user in node.users)
         elif costs[node] > 0:

@@ -25,7 +25,7 @@ from moptrace.core import (
     erase_dead,
     written,
 )
-from moptrace.costs import Machine
+from moptrace.costs import Machine, operator_costs
 from moptrace.errors import PassError
 from moptrace.kernels.host_update import HostUpdate
 from moptrace.kernels.matrix_function import MatrixFunction
@@ -87,6 +87,7 @@ class _Task:
     given: tuple[fx.Node, ...]  # what comes from elsewhere: a gradient, and numbers
     nodes: tuple[fx.Node, ...]  # what leads to the results
     results: tuple[tuple[Output, fx.Node], ...]  # the new parameter, then its new state
+    counts: tuple[fx.Node, ...]  # what leads to new counts of steps
     first: fx.Node | None  # what reads the new parameter first in the rest of the step
     write: fx.Node | None  # what writes a part of the parameter
 
@@ -97,6 +98,14 @@ class _Task:
     @property
     def new(self) -> fx.Node:
         return self.results[0][1]
+
+
+def _counts(update: Update, pairs: Iterable[tuple[Output, fx.Node]]) -> tuple[fx.Node, ...]:
+    """What leads from old counts of steps to new ones, if that is all it takes."""
+    needed = ancestors(node for _, node in pairs if not roles.tensor(node).dim())
+    found = tuple(node for node in update.nodes if node in needed)
+    taken = (x for node in found for x in node.all_input_nodes if x not in found)
+    return found if all(x.op != "call_function" for x in taken) else ()
 
 
 def _whole(x: fx.Node) -> fx.Node:
@@ -135,6 +144,7 @@ class _ToHost:
         self.sent: dict[fx.Node, fx.Node] = {}
         self.behind: dict[fx.Node, fx.Node] = {}  # the last node that was put behind another
         self.functions: dict[object, HostUpdate] = {}
+        self.counted: set[fx.Node] = set()
 
     def _tasks(self, update: Update, pairs: Sequence[tuple[Output, fx.Node]]) -> Iterator[_Task]:
         """Of every part; none for an update that stays on the device."""
@@ -145,6 +155,7 @@ class _ToHost:
         final = pairs[0][1]
         readers = [x for x in final.users if x not in update.nodes and x.op != "output"]
         first = min(readers, key=self.place.__getitem__, default=None)
+        counts = _counts(update, pairs)
         writes = written(final)
         for results, write in zip(in_parts(pairs), writes or [None], strict=True):
             needed = ancestors(node for _, node in results)
@@ -158,7 +169,7 @@ class _ToHost:
                 return
             given = tuple(x for x in taken if x not in (*own, *held))
             before = write if write is not None and first else first
-            yield _Task(own[0], held, given, nodes, tuple(results), before, write)
+            yield _Task(own[0], held, given, nodes, tuple(results), counts, before, write)
 
     def program(self) -> Program:
         waits: list[fx.Node] = []  # of every bucket, before what reads it first
@@ -197,6 +208,7 @@ class _ToHost:
         held = [self._at_hand(x, self.copies[_whole(x)], latest) for x in task.held]
         started = self._put(self._function(task), (parameter, *held, *given), latest)
         roles.set_value(started, tuple(roles.value(node) for _, node in task.results))
+        self._count(task, latest)
         picks: list[fx.Node] = []
         for number, (_, node) in enumerate(task.results):
             picks.append(self._put(operator.getitem, (started, number), latest))
@@ -205,6 +217,16 @@ class _ToHost:
             if number:
                 self.copies[node].replace_all_uses_with(picks[-1])
         return picks[0]
+
+    def _count(self, task: _Task, behind: fx.Node) -> None:
+        """Count the step with the state, so that both are known where a step fails later on."""
+        for node in (x for x in task.counts if x not in self.counted):
+            self.counted.add(node)
+            if behind.op == "placeholder":
+                self.first.prepend(self.copies[node])
+            else:
+                self.behind[behind].append(self.copies[node])
+                self.behind[behind] = self.copies[node]
 
     def _at_hand(self, x: fx.Node, whole: fx.Node, behind: fx.Node) -> fx.Node:
         """What is taken of a tensor on the host: all of it, or a part."""
@@ -251,8 +273,21 @@ class _ToHost:
             made = self.graph.call_function(ops.wait_prefetch.default, (fetched,))
         self.copies[task.new].replace_all_uses_with(made)
         if task.write is not None and not task.first:
-            made.append(self.copies[task.write])
+            self._write_last(task, made)
         return _like(made, task.new)
+
+    def _write_last(self, task: _Task, after: fx.Node) -> None:
+        """Write a part, which only the end of the step needs, after all others."""
+        assert task.write is not None
+        write, end = self.copies[task.write], self.graph.output_node()
+        before, part, starts = args_of(write)
+        write.replace_all_uses_with(before)
+        results = list(args_of(end)[0])
+        number = self.old.signature.outputs.index(task.results[0][0])
+        write.args = results[number], part, starts
+        results[number] = write
+        end.args = (tuple(results),)
+        after.append(write)
 
     def _function(self, task: _Task) -> HostUpdate:
         """The update as an operator; those of the same operators on the same shapes are one."""
@@ -330,6 +365,17 @@ def _like(made: fx.Node, of: fx.Node) -> fx.Node:
     return made
 
 
+def _by_parameter(buckets: Iterable[list[_Task]]) -> list[list[list[_Task]]]:
+    """Buckets with parts of one parameter are one choice."""
+    found: list[list[list[_Task]]] = []
+    for own in buckets:
+        if found and _whole(found[-1][-1][-1].parameter) is _whole(own[0].parameter):
+            found[-1].append(own)
+        else:
+            found.append([own])
+    return found
+
+
 class _Choice:
     """Bucket by bucket, whether the step waits less if the host updates it.
 
@@ -341,14 +387,19 @@ class _Choice:
     def __init__(self, program: Program, machine: Machine, slots: int):
         self.machine, self.slots = machine, slots
         self.times = _times(program, machine)
+        self.costs = operator_costs(program, machine)
         self.end = self.times[program.graph.output_node()]
         # Until when each is busy; gradients leave when they are there, before state goes back.
         self.up = self.sent = self.down = self.host = 0.0
         self.left: list[float] = []  # when each bucket that came to the device had left it
 
     def of(self, buckets: Iterable[list[_Task]]) -> list[list[_Task]]:
-        """Those that the host updates."""
-        return [tasks for tasks in buckets if self._host_is_better(tasks)]
+        """Those that the host updates; of a parameter all parts or none."""
+        found: list[list[_Task]] = []
+        for together in _by_parameter(buckets):
+            tasks = [task for own in together for task in own]
+            found += together if self._host_is_better(tasks) else []
+        return found
 
     def _host_is_better(self, tasks: Sequence[_Task]) -> bool:
         machine = self.machine
@@ -360,15 +411,15 @@ class _Choice:
         state = _bytes(x for task in tasks for x in task.held) / machine.host
         new = _bytes(task.new for task in tasks) / machine.host
         leaves = new + _bytes(large) / machine.host
-        moved = _bytes(x for task in tasks for x in (*task.operands, *(r for _, r in task.results)))
+        work = sum(self.costs[x] for task in tasks for x in task.nodes)
 
         free = self.left[-self.slots] if len(self.left) >= self.slots else 0.0
         arrived = max(self.up, free) + state
-        updated = max(arrived, ready) + moved / machine.memory
+        updated = max(arrived, ready) + work
         left = max(self.down, updated) + state
 
         sent = max(self.sent, known) + leaves
-        computed = max(self.host, sent, ready) + moved / machine.host_memory
+        computed = max(self.host, sent, ready) + work * machine.memory / machine.host_memory
         back = max(self.up, computed) + new
         if max(back - needed, 0.0) < max(left - needed, 0.0):
             self.sent, self.host, self.up = sent, computed, back

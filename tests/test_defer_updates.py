@@ -194,10 +194,11 @@ def test_a_training_loop_writes_rates_and_buffers(ranks: Pools) -> None:
     ranks(2)(on_rank_of_a_training_loop)
 
 
-def on_rank_of_refused_batches() -> None:
+def on_rank_of_refused_batches(where: str) -> None:
     """A batch that fails in the midst of the updates is left out, and nothing else."""
     model = parallel_of(SMALL, 2)
-    step = train_step(model, ADAMW(model.parameters()), updates="forward", state="host")
+    optimizer = ADAMW(model.parameters())
+    step = train_step(model, optimizer, updates="forward", state="host", updates_on=where)
     eager = Eager(SMALL.build(), all_of(ADAMW))
     for number in range(6):
         bad = batch_of(50 + number)
@@ -210,8 +211,9 @@ def on_rank_of_refused_batches() -> None:
     assert_same_weights(model.full_state_dict(), whole_state(eager.model))
 
 
-def test_a_refused_batch_loses_nothing(ranks: Pools) -> None:
-    ranks(2)(on_rank_of_refused_batches)
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_a_refused_batch_loses_nothing(where: str, ranks: Pools) -> None:
+    ranks(2)(on_rank_of_refused_batches, where)
 
 
 def on_rank_checkpoint(folder: str) -> None:
