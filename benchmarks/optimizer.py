@@ -150,7 +150,7 @@ STREAMED = stream_state(2**28)
 
 
 def on_host(choose: bool = False, machine: Machine | None = None) -> Pass:
-    return chain(update_on_host(choose, 2**28, machine=machine), STREAMED)
+    return chain(update_on_host(choose, 2**28, machine=machine, then=overlapped()), STREAMED)
 
 
 ORDERS: dict[str, list[Pass]] = {
@@ -179,6 +179,7 @@ def finished(tokens: int) -> Program:
         for p, shape in zip(local.signature.parameters, sizes_of_rank(local, 0), strict=False)
     }
     optimizer = torch.optim.AdamW(shards.values(), lr=1e-3)
+    optimizer.param_groups[0]["fused"] = True  # which torch does not let parameters without memory
     for shard in shards.values():
         moments = {key: torch.empty_like(shard) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[shard] = {"step": torch.zeros(()), **moments}

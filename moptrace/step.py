@@ -54,15 +54,10 @@ _OVERLAPPED = overlapped()
 # How an entry of a parameter's state is kept, of which a rank has a part, and how ranks hold it.
 Like = Callable[[str, Tensor, Placement | None], Tensor]
 
-# What ``train_step`` takes for ``updates``, ``state`` and ``updates_on``, and the pass that each
-# means. Updates in the next forward depend on whether there are any.
+# What ``train_step`` takes for ``updates`` and ``state``, and the pass that it means. Updates in
+# the next forward depend on whether there are any.
 _UPDATES = {"after": None, "backward": update_early(), "forward": None}
 _STATE = {"device": None, "host": stream_state()}
-_UPDATES_ON = {
-    "device": None,
-    "host": update_on_host(),
-    "cheaper": update_on_host(choose=True),
-}
 
 
 def train_step(
@@ -129,7 +124,7 @@ def train_step(
         )
     passes = [*([schedule] if schedule else []), *([compile_regions()] if compile else [])]
     scheduled = chain(*passes) if passes else None
-    place = _place(state, updates_on)
+    place = _place(state, updates_on, schedule)
     return TrainStep(model, optimizer, max_norm, accumulate, scheduled, updates, place, policy)
 
 
@@ -148,9 +143,11 @@ def _policy(activations: str | int | Pass, schedule: Pass | None) -> Pass | None
     return known[activations]
 
 
-def _place(state: str | Pass, updates_on: str) -> str | Pass:
+def _place(state: str | Pass, updates_on: str, schedule: Pass | None) -> str | Pass:
     """The pass that ``train_step(state=, updates_on=)`` name together."""
-    there = _chosen("updates_on", updates_on, _UPDATES_ON)
+    cheaper = update_on_host(choose=True, then=schedule)
+    known = {"device": None, "host": update_on_host(), "cheaper": cheaper}
+    there = _chosen("updates_on", updates_on, known)
     if there is None:
         return state
     stream = state if isinstance(state, Pass) else _chosen("state", state, _STATE)

@@ -12,6 +12,7 @@ Where an operator needs what has not come, the first lane waits: that time is *e
 from __future__ import annotations
 
 import json
+import operator
 import time
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -181,7 +182,9 @@ def predict(program: Program, machine: Machine | None = None) -> Timeline:
         """Start what goes on a lane of its own, once what it takes has come."""
         come = max((arrival.get(x, 0.0) for x in node.all_input_nodes), default=0.0)
         begin = max(clock, busy[lane], come)
-        busy[lane] = arrival[node] = begin + seconds
+        arrival[node] = begin + seconds
+        # What the host's own thread sends, once it has made it, is not in the way of others before.
+        busy[lane] = max(clock, busy[lane]) + seconds if _made_on_host(node) else arrival[node]
         spans.append(_span(node, kind, lane, begin, begin + seconds))
         kinds[node] = kind
 
@@ -216,6 +219,13 @@ def predict(program: Program, machine: Machine | None = None) -> Timeline:
             begin, clock = clock, clock + costs[node]
             spans.append(_span(node, _component(node), OPERATORS, begin, clock))
     return Timeline(tuple(sorted(spans, key=lambda span: span.begin)))
+
+
+def _made_on_host(node: fx.Node) -> bool:
+    """Whether a copy to the device is of what the host has made."""
+    source = node.all_input_nodes[0]
+    made = source.all_input_nodes[0] if source.target is operator.getitem else source
+    return node.target is ops.prefetch.default and isinstance(made.target, HostUpdate)
 
 
 def _row(node: fx.Node) -> Collective | None:

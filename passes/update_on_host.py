@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from moptrace.core import (
     args_of,
     chain,
     erase_dead,
+    identity,
     written,
 )
 from moptrace.costs import Machine, operator_costs
@@ -30,6 +31,7 @@ from moptrace.errors import PassError
 from moptrace.kernels.host_update import HostUpdate
 from moptrace.kernels.matrix_function import MatrixFunction
 from moptrace.passes.divide_updates import divide_updates
+from moptrace.passes.stream_state import stream_state
 from moptrace.roles import Component
 from moptrace.timeline import predict
 from moptrace.updates import PENDING, Update, Updates, in_parts, makes_state
@@ -46,6 +48,7 @@ def update_on_host(
     bucket: int = BUCKET,
     slots: int = 2,
     machine: Machine | None = None,
+    then: Pass | None = None,
 ) -> Pass:
     """Run updates in the memory of the host, where the optimizer's state is.
 
@@ -57,7 +60,9 @@ def update_on_host(
 
     With ``choose``, each bucket is updated where the step waits less for it, on the assumed
     ``machine``: on the device, to which its state comes and from which it goes (``stream_state``),
-    or on the host. Where neither is waited for, it is the device.
+    or on the host. Where neither is waited for, it is the device. All on one of them is tried, too,
+    and of the three steps the one that is predicted to be the shortest, after ``then``, is taken;
+    that is the schedule that follows.
 
     What needs whole matrices, or other ranks, is updated on the device, with a note.
 
@@ -71,7 +76,16 @@ def update_on_host(
     def rewrite(program: Program) -> Program:
         if makes_state(program):
             return program
-        return _ToHost(program, choose, bucket, slots, machine or Machine()).program()
+
+        def moved(chosen: Callable[[_Buckets], _Buckets]) -> Program:
+            return _ToHost(program, bucket, slots, chosen).program()
+
+        if not choose:
+            return moved(lambda buckets: buckets)
+        assumed = machine or Machine()
+        ways = (lambda _: [], _Choice(program, assumed, slots).of, lambda buckets: buckets)
+        scheduled = chain(stream_state(bucket, slots), then or identity())
+        return min(map(moved, ways), key=lambda way: predict(scheduled(way), assumed).seconds)
 
     options = (("choose", choose), ("bucket", bucket), ("slots", slots))
     move = Pass("update_on_host", rewrite, options, (Level.STEP,), needs=("apply_optimizer",))
@@ -108,6 +122,9 @@ def _counts(update: Update, pairs: Iterable[tuple[Output, fx.Node]]) -> tuple[fx
     return found if all(x.op != "call_function" for x in taken) else ()
 
 
+_Buckets: TypeAlias = list[list[_Task]]
+
+
 def _whole(x: fx.Node) -> fx.Node:
     """The tensor of which an operand is a part, or all."""
     return args_of(x)[0] if x.target is ops.block.default else x
@@ -116,7 +133,13 @@ def _whole(x: fx.Node) -> fx.Node:
 class _ToHost:
     """The walk that moves updates."""
 
-    def __init__(self, program: Program, choose: bool, bucket: int, slots: int, machine: Machine):
+    def __init__(
+        self,
+        program: Program,
+        bucket: int,
+        slots: int,
+        chosen: Callable[[_Buckets], _Buckets],
+    ):
         self.old, self.slots = program, slots
         self.place = {node: at for at, node in enumerate(program.nodes)}
         inputs = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
@@ -136,9 +159,7 @@ class _ToHost:
             for task in tasks
         }
         tasks = sorted(order, key=order.__getitem__)
-        self.buckets = _in_buckets(tasks, bucket)
-        if choose:
-            self.buckets = _Choice(program, machine, slots).of(self.buckets)
+        self.buckets = chosen(_in_buckets(tasks, bucket))
         self.graph, self.copies = program.copy_graph()
         self.first = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
         self.sent: dict[fx.Node, fx.Node] = {}
@@ -340,9 +361,9 @@ class _ToHost:
         return self.old.with_graph(graph, signature=signature, constants=constants, notes=())
 
 
-def _in_buckets(tasks: Iterable[_Task], bucket: int) -> list[list[_Task]]:
+def _in_buckets(tasks: Iterable[_Task], bucket: int) -> _Buckets:
     """Neighbours with up to so many bytes of state together."""
-    found: list[list[_Task]] = []
+    found: _Buckets = []
     room = 0
     for task in tasks:
         size = _bytes(task.held)
@@ -365,9 +386,9 @@ def _like(made: fx.Node, of: fx.Node) -> fx.Node:
     return made
 
 
-def _by_parameter(buckets: Iterable[list[_Task]]) -> list[list[list[_Task]]]:
+def _by_parameter(buckets: _Buckets) -> list[_Buckets]:
     """Buckets with parts of one parameter are one choice."""
-    found: list[list[list[_Task]]] = []
+    found: list[_Buckets] = []
     for own in buckets:
         if found and _whole(found[-1][-1][-1].parameter) is _whole(own[0].parameter):
             found[-1].append(own)
@@ -393,9 +414,9 @@ class _Choice:
         self.up = self.sent = self.down = self.host = 0.0
         self.left: list[float] = []  # when each bucket that came to the device had left it
 
-    def of(self, buckets: Iterable[list[_Task]]) -> list[list[_Task]]:
+    def of(self, buckets: _Buckets) -> _Buckets:
         """Those that the host updates; of a parameter all parts or none."""
-        found: list[list[_Task]] = []
+        found: _Buckets = []
         for together in _by_parameter(buckets):
             tasks = [task for own in together for task in own]
             found += together if self._host_is_better(tasks) else []
