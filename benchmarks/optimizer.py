@@ -1,17 +1,21 @@
-"""The optimizer's part of a step: streamed from the host, next to the floor of copying.
+"""The optimizer's part of a step: streamed from the host, or run there, next to copying alone.
 
     python benchmarks/optimizer.py
     python benchmarks/optimizer.py --hidden 2048 --expert-hidden 1536 --experts 64 --layers 8
 
 Of one model on one rank, side by side in one run: the updates of a step with the optimizer's state
 on the device, as plain operators and by torch's fused kernel; the same streamed from the memory of
-the host in buckets; what a user would do instead, torch's fused AdamW on the CPU with the gradients
-copied there and the parameters back; and the floor, copies of as many bytes as the state has to the
-device and back. Without a GPU the memory of the host is the device's, so copies cost as much again
-as the update, and the verdict asks only that every way gives the same weights; on a GPU, that
-streaming takes at most 1.15 of the floor. A second table predicts, for one rank of a large model,
-when it pays to let the updates wait for the next forward: how much of a step waits for the state's
-copies, by tokens a rank.
+the host in buckets; run on the host, where the state is; what a user would do instead, torch's
+fused AdamW on the CPU with the gradients copied there and the parameters back (parameters that are
+masters on the host, which are not sent there); and the floor, copies of as many bytes as the state
+has to the device and back. Without a GPU the memory of the host is the device's, so copies cost as
+much again as the update, and the verdict asks only that every way gives the same weights; on a GPU,
+that streaming takes at most 1.15 of the floor.
+
+A second table predicts, for one rank of a large model, when it matters where and when updates run:
+how long a step is, and how much of it waits for copies and for the host, by tokens a rank. A third
+predicts how fast a host has to be for its updates to pay: the step, and the share of the state that
+is updated there, by the bytes of its memory that it moves in a second.
 """
 
 from __future__ import annotations
@@ -33,16 +37,18 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from models import MoEConfig, MoEDecoder
 from moptrace import MixedPrecisionPolicy, Plan, Program, parallelize, trace, train_step
-from moptrace.core import chain
+from moptrace.core import Pass, chain
 from moptrace.costs import Machine
+from moptrace.kernels.host_update import HostUpdate
 from moptrace.passes.apply_optimizer import apply_optimizer
 from moptrace.passes.clip_gradients import clip_gradients
 from moptrace.passes.default import canonical, overlapped, sharded
 from moptrace.passes.defer_updates import defer_updates
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.stream_state import stream_state
+from moptrace.passes.update_on_host import update_on_host
 from moptrace.state import sizes_of_rank
-from moptrace.timeline import WAITING, predict
+from moptrace.timeline import WAITING, Timeline, predict
 from report import publish
 
 LIMIT = 1.15  # of the floor, on a GPU
@@ -139,10 +145,22 @@ class Copies:
 RANKS = 8
 LARGE = MoEConfig(4, 2048, 16, 64, 8, 1536, vocabulary=32_768)
 TOKENS = (256, 1_024, 4_096, 16_384, 65_536)
-ORDERS = {
+RATES = (5e9, 1e10, 2e10, 4e10, 8e10, 1.6e11)  # bytes of the host's memory in a second
+STREAMED = stream_state(2**28)
+
+
+def on_host(choose: bool = False, machine: Machine | None = None) -> Pass:
+    return chain(update_on_host(choose, 2**28, machine=machine, then=overlapped()), STREAMED)
+
+
+ORDERS: dict[str, list[Pass]] = {
     "state on the device": [],
-    "on the host, updates after": [stream_state(2**28)],
-    "on the host, updates in forward": [defer_updates(), stream_state(2**28)],
+    "streamed, after": [STREAMED],
+    "on the host, after": [on_host()],
+    "cheaper, after": [on_host(choose=True)],
+    "streamed, in forward": [defer_updates(), STREAMED],
+    "on the host, in forward": [defer_updates(), on_host()],
+    "cheaper, in forward": [defer_updates(), on_host(choose=True)],
 }
 
 
@@ -161,6 +179,7 @@ def finished(tokens: int) -> Program:
         for p, shape in zip(local.signature.parameters, sizes_of_rank(local, 0), strict=False)
     }
     optimizer = torch.optim.AdamW(shards.values(), lr=1e-3)
+    optimizer.param_groups[0]["fused"] = True  # which torch does not let parameters without memory
     for shard in shards.values():
         moments = {key: torch.empty_like(shard) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[shard] = {"step": torch.zeros(()), **moments}
@@ -169,22 +188,43 @@ def finished(tokens: int) -> Program:
     return chain(*passes)(local)
 
 
+def waits(timeline: Timeline) -> float:
+    """The share of a step that waits for copies, and for what the host has to do before."""
+    spans = (s for s in timeline.spans if s.lane == WAITING and s.kind.startswith("copy"))
+    return sum(span.seconds for span in spans) / timeline.seconds
+
+
 def crossover(machine: Machine) -> Table:
     """How long a step is, and how much of it waits for the state, by tokens of a rank."""
     table = Table(title=f"Predicted, one of {RANKS} ranks, {LARGE}, bfloat16, {machine}")
     table.add_column("tokens a rank", justify="right")
     for name in ORDERS:
-        table.add_column(f"ms, {name}", justify="right")
-        table.add_column("waits for copies", justify="right")
+        table.add_column(f"ms (waits), {name}", justify="right")
     for tokens in track(TOKENS, "predicting", transient=True):
         step, cells = finished(tokens), [f"{tokens:,}"]
         for passes in ORDERS.values():
             timeline = predict(chain(*passes, overlapped())(step), machine)
-            waits = sum(
-                s.seconds for s in timeline.spans if s.lane == WAITING and s.kind.startswith("copy")
-            )
-            cells += [f"{timeline.seconds * 1e3:,.1f}", f"{waits / timeline.seconds:.1%}"]
+            cells.append(f"{timeline.seconds * 1e3:,.1f} ({waits(timeline):.0%})")
         table.add_row(*cells)
+    return table
+
+
+def pays(tokens: int) -> Table:
+    """From which speed of the host on updates are better there, all of them or some."""
+    table = Table(title=f"Predicted, updates after backward, {tokens:,} tokens a rank")
+    names = ("GB/s of the host", "ms, streamed", "ms, on the host", "ms, cheaper", "there")
+    for column in names:
+        table.add_column(column, justify="right")
+    step = finished(tokens)
+    for rate in track(RATES, "predicting", transient=True):
+        machine = Machine(host_memory=rate)
+        ways = (STREAMED, on_host(), on_host(True, machine))
+        programs = [chain(way, overlapped())(step) for way in ways]
+        milliseconds = [f"{predict(p, machine).seconds * 1e3:,.1f}" for p in programs]
+        every, some = (
+            sum(isinstance(node.target, HostUpdate) for node in p.nodes) for p in programs[1:]
+        )
+        table.add_row(f"{rate / 1e9:,.0f}", *milliseconds, f"{some / every:.0%}")
     return table
 
 
@@ -194,11 +234,14 @@ def crossover(machine: Machine) -> Table:
 def measured(config: MoEConfig, device: torch.device, rounds: int) -> tuple[Table, list[str]]:
     """Every way to update, in turn; and what is wrong."""
     bucket = stream_state(2**26)
+    there = chain(update_on_host(bucket=2**26), bucket)
     steps = {
         "moptrace, state on the device": Step(config, device, "device", False),
         "moptrace, state on the device, fused": Step(config, device, "device", True),
         "moptrace, streamed": Step(config, device, bucket, False),
         "moptrace, streamed, fused": Step(config, device, bucket, True),
+        "moptrace, on the host": Step(config, device, there, False),
+        "moptrace, on the host, fused": Step(config, device, there, True),
     }
     first = next(iter(steps.values()))
     parameters = sum(p.to_local().numel() for p in first.model.parameters())  # type: ignore[attr-defined]
@@ -250,7 +293,7 @@ def main() -> None:
         finally:
             dist.destroy_process_group()
     facts = [f"parameters and state in float32, on {device.type}"]
-    tables = [table, crossover(Machine())]
+    tables = [table, crossover(Machine()), pays(1_024)]
     publish(Console(), "optimizer", "The optimizer's part of a step", facts, tables, failures)
 
 

@@ -18,6 +18,7 @@ from torch import fx
 from torch.fx.graph import _node_list
 from torch.utils._pytree import TreeSpec
 
+import moptrace.kernels.blocks  # noqa: F401  registers the operators
 from moptrace import roles
 from moptrace.errors import PassError
 from moptrace.kernels.as_one import Operator
@@ -393,6 +394,15 @@ def connected(nodes: Iterable[fx.Node]) -> Iterator[list[fx.Node]]:
     for node in ordered:
         together[id(part[node])].append(node)
     yield from together.values()
+
+
+def written(value: fx.Node) -> list[fx.Node]:
+    """The nodes that write a value block by block, in order; none if it is made at once."""
+    found: list[fx.Node] = []
+    while value.target is torch.ops.moptrace.write_block.default:
+        found.append(value)
+        value = args_of(value)[0]
+    return found[::-1]
 
 
 def erase_dead(graph: fx.Graph, keep: Sequence[fx.Node] = ()) -> None:

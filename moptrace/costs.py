@@ -8,8 +8,9 @@ routing, as they do in ``liveness.py``.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -20,11 +21,12 @@ from moptrace import roles
 from moptrace.activations import communicates
 from moptrace.core import Program
 from moptrace.kernels.expert_function import ExpertOperator
+from moptrace.kernels.host_update import HostUpdate
 from moptrace.kernels.matrix_function import MatrixFunction
 from moptrace.kernels.triton_expert_function import RowKernel
 from moptrace.liveness import shape_of, sizes_of_values, storages, symbols_of
 
-__all__ = ["Machine", "operations", "operator_costs", "products"]
+__all__ = ["Machine", "operations", "operator_costs", "products", "seconds_on_host"]
 
 aten, ops = torch.ops.aten, torch.ops.moptrace
 
@@ -35,20 +37,22 @@ Shape: TypeAlias = tuple[int, ...]
 class Machine:
     """What a rank is assumed to do in a second: the defaults are of the order of one H100.
 
-    ``flops`` of matrix products; bytes of its memory (``memory``), to other ranks (``link``), and
-    to or from the memory of the host (``host``). ``latency`` are the seconds that a collective
-    takes beside what it sends.
+    ``flops`` of matrix products; bytes of its memory (``memory``), to other ranks (``link``), to or
+    from the memory of the host (``host``), and of that memory, where the host computes
+    (``host_memory``; MoP's AdamW on a CPU, shared by eight ranks, moves as many). ``latency`` are
+    the seconds that a collective takes beside what it sends.
     """
 
     flops: float = 4e14
     memory: float = 2e12
     link: float = 5e10
     host: float = 2.5e10
+    host_memory: float = 2e10
     latency: float = 1e-5
 
 
 def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
-    """The seconds that every node takes; a view takes none."""
+    """The seconds that every node takes of the device; to pick a result, or view it, none."""
     symbols, sizes, root = symbols_of(program), sizes_of_values(program), storages(program)
 
     def written(node: fx.Node) -> int:
@@ -56,7 +60,8 @@ def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
 
     found: dict[fx.Node, float] = {}
     for node in program.nodes:
-        if node.op != "call_function" or root[node] is not node:
+        runs_here = node.op == "call_function" and not isinstance(node.target, HostUpdate)
+        if not runs_here or root[node] is not node or node.target is operator.getitem:
             found[node] = 0.0
             continue
         moved = sum(sizes[x] for x in node.all_input_nodes) + written(node)
@@ -64,6 +69,12 @@ def operator_costs(program: Program, machine: Machine) -> dict[fx.Node, float]:
         sent = written(node) / machine.link if communicates(node) else 0.0
         found[node] = max(computed, moved / machine.memory) + sent
     return found
+
+
+def seconds_on_host(update: HostUpdate, machine: Machine) -> float:
+    """How long the host takes for an update: each operator moves what it takes and gives."""
+    there = replace(machine, memory=machine.host_memory)
+    return sum(operator_costs(update.body, there).values())
 
 
 def products(node: fx.Node) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import moptrace.kernels.host_memory  # noqa: F401  registers the operators
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES, collective, start, wait
-from moptrace.core import Program
+from moptrace.core import Program, args_of, written
+from moptrace.kernels.host_update import HostUpdate
 from moptrace.kernels.updating_experts import UpdatingExperts
 from moptrace.passes.drop_tokens import share_kept
 from moptrace.rings import workspace
@@ -23,6 +23,7 @@ from moptrace.rings import workspace
 __all__ = [
     "Alive",
     "Peak",
+    "blocks_in_place",
     "is_view",
     "lifetimes",
     "overwritable",
@@ -140,9 +141,10 @@ def _on_host(program: Program, sizes: Mapping[fx.Node, int]) -> dict[fx.Node, in
     """The bytes of values in the memory of the host; new state is written over the old one."""
     held = {state.name for state in program.signature.states if state.host}
     outputs = zip(program.outputs, program.signature.outputs, strict=True)
-    written = {node for node, output in outputs if output.updates in held}
+    again = {node for node, output in outputs if output.updates in held}
+    again |= {args_of(node)[1] for node in blocks_in_place(program)}
     return {
-        node: 0 if node in written else sizes[node]
+        node: 0 if node in again else sizes[node]
         for node in program.nodes
         if node.name in held or node.target is ops.offload.default
     }
@@ -158,13 +160,16 @@ def storages(program: Program, backs: WriteBacks | None = None) -> dict[fx.Node,
     """
     root: dict[fx.Node, fx.Node] = {}
     replaced: dict[fx.Node, fx.Node] = {}
+    in_place = blocks_in_place(program)
     for node in program.nodes:
         source: Any = node.args[0] if node.args else None
         source = replaced.get(source, source) if isinstance(source, fx.Node) else source
         looks = is_view(node)
         if node.target is operator.getitem:  # of a list of views, such as the pieces of a split
             looks = root[source] is not source
-        if node.target is wait:  # at the memory into which the start lets it come
+            if isinstance(source.target, HostUpdate):  # which writes over its operands
+                source, looks = source.args[source.target.replaced[node.args[1]]], True
+        if node.target is wait or node in in_place:  # at the memory into which it is brought
             looks = True
         root[node] = root[source] if looks and isinstance(source, fx.Node) else node
         replaced.update((new, old) for old, new in (backs or {}).get(node, ()))
@@ -186,38 +191,76 @@ def write_backs(program: Program) -> dict[fx.Node, list[tuple[fx.Node, fx.Node]]
     last = _last_uses(program, root)
     position = {node: at for at, node in enumerate(program.nodes)}
     inputs = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    in_place = blocks_in_place(program)
     found: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
     for output, new in zip(program.signature.outputs, program.outputs, strict=True):
-        if output.updates is not None:
+        if output.updates is not None and new not in in_place:
             old = inputs[output.updates]
             ready = max(new, last[root[old]], key=position.__getitem__)
             found.setdefault(ready, []).append((old, new))
     return found
 
 
+def blocks_in_place(program: Program) -> dict[fx.Node, fx.Node]:
+    """The ``write_block`` nodes that may write into the input that they replace, and that input.
+
+    Nothing reads a block of the old value after the new one is written, nor the rest of it after
+    the first is.
+    """
+    place = {node: at for at, node in enumerate(program.nodes)}
+    inputs = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    found: dict[fx.Node, fx.Node] = {}
+
+    def last_read(node: fx.Node) -> int:
+        users = node.users if is_view(node) or node.target is start else ()
+        return max(map(last_read, users), default=place[node])
+
+    for output, new in zip(program.signature.outputs, program.outputs, strict=True):
+        chain = written(new)
+        base = args_of(chain[0])[0] if chain else None
+        if base is None or base is not inputs.get(output.updates or ""):
+            continue
+        writes = {tuple(args_of(node)[2]): node for node in chain}
+        if all(
+            last_read(user) < place[writes.get(_starts(user), chain[0])]
+            for user in base.users
+            if user is not chain[0]
+        ):
+            found.update((node, base) for node in chain)
+    return found
+
+
+def _starts(node: fx.Node) -> tuple[int, ...]:
+    """Where a block begins; nowhere for what is none."""
+    return tuple(args_of(node)[1]) if node.target is ops.block.default else ()
+
+
 def overwritable(program: Program) -> dict[fx.Node, list[tuple[fx.Node, fx.Node]]]:
     """The updates that may write new values over their operands: (operand, new value).
 
-    Nothing reads an operand afterwards, and it is either memory of its own or the very input that
-    the new value replaces.
+    Nothing reads an operand afterwards, and it is either memory of its own or the very input, or
+    block of one, that the new value replaces.
     """
     root = storages(program)
     last = _last_uses(program, root)
     replaced = {new: old for pairs in write_backs(program).values() for old, new in pairs}
+    blocks = {
+        (old, tuple(args_of(write)[2])): args_of(write)[1]
+        for write, old in blocks_in_place(program).items()
+    }
     found: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
+
+    def is_free(old: fx.Node, new: fx.Node, node: fx.Node) -> bool:
+        if old.target is ops.block.default:
+            return list(old.users) == [node] and blocks.get((args_of(old)[0], _starts(old))) is new
+        is_input = root[old].op == "placeholder"
+        return last[root[old]] is node and (not is_input or replaced.get(new) is old)
+
     for node in program.nodes:
         wanted = _overwritten(node)
         results = {user.args[1]: user for user in node.users} if wanted else {}
         pairs = [(operand, results[i]) for operand, i in wanted if i in results]
-        if (
-            wanted
-            and len(pairs) == len(wanted)
-            and all(
-                last[root[old]] is node
-                and (replaced.get(new) is old if root[old].op == "placeholder" else True)
-                for old, new in pairs
-            )
-        ):
+        if wanted and len(pairs) == len(wanted) and all(is_free(*pair, node) for pair in pairs):
             found[node] = pairs
     return found
 

@@ -41,6 +41,7 @@ from moptrace import roles
 from moptrace.core import Buffer, Input, Level, Parameter, Program, State
 from moptrace.fold import runs, wired_alike
 from moptrace.kernels.expert_function import ExpertFunction, ExpertOperator
+from moptrace.kernels.host_update import HostUpdate
 from moptrace.kernels.matrix_function import MatrixFunction
 from moptrace.placement import Invariant, Partial, Placement, Rows, Shard
 from moptrace.random import draw
@@ -447,7 +448,10 @@ def _sections(program: Program, fold: bool) -> Iterator[list[Line]]:
             yield [Line(heading=heading, sign=""), *_inside(target)]
         if isinstance(target, MatrixFunction):
             heading = f"{target.__name__}, for each matrix"
-            yield [Line(heading=heading, sign=""), *_of_matrix(target)]
+            yield [Line(heading=heading, sign=""), *_inputs_and_body(target.graph)]
+        if isinstance(target, HostUpdate):
+            heading = f"{target.__name__}, on the host"
+            yield [Line(heading=heading, sign=""), *_inputs_and_body(target.body.graph)]
     yield [Line(heading="outputs", sign=""), *_outputs(program)]
 
 
@@ -462,11 +466,11 @@ def _inside(function: ExpertFunction | ExpertOperator) -> Iterator[Line]:
     yield from _body(function.graph)
 
 
-def _of_matrix(function: MatrixFunction) -> Iterator[Line]:
-    """The operators of an optimizer that owners run on a whole matrix."""
-    for node in function.graph.find_nodes(op="placeholder"):
+def _inputs_and_body(graph: fx.Graph) -> Iterator[Line]:
+    """The operators of an optimizer that run on a whole matrix, or on the host."""
+    for node in graph.find_nodes(op="placeholder"):
         yield Line(f"%{node.name}", type_name(node, Level.LOCAL))
-    yield from _body(function.graph)
+    yield from _body(graph)
 
 
 def _body(graph: fx.Graph) -> Iterator[Line]:

@@ -19,20 +19,21 @@ from torch.utils import _pytree as pytree
 
 from moptrace.activations import communicates
 from moptrace.collectives import start
-from moptrace.core import Output, Pass, Program, chain, erase_dead
+from moptrace.core import Output, Pass, Program, chain
 from moptrace.costs import Machine
 from moptrace.errors import StepError
+from moptrace.executable import executable
 from moptrace.explain import Explanation
 from moptrace.kernels.host_memory import finish_copies
-from moptrace.kernels.updating_experts import UpdatingExperts
-from moptrace.liveness import Peak, overwritable, peak_memory, write_backs
+from moptrace.kernels.host_update import bring_back
+from moptrace.liveness import Peak, peak_memory
 from moptrace.parallel import ParallelModule, part_of_batch
 from moptrace.passes.apply_optimizer import apply_optimizer, learning_rate, state_tensors
 from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.clip_gradients import NORM, clip_gradients
 from moptrace.passes.compile_regions import compile_regions
 from moptrace.passes.default import overlapped
-from moptrace.passes.defer_updates import PENDING, defer_updates, leave_updates, pending_updates
+from moptrace.passes.defer_updates import defer_updates, leave_updates, pending_updates
 from moptrace.passes.differentiate import differentiate
 from moptrace.passes.fit_activations import fit_activations
 from moptrace.passes.fuse_updates import fuse_updates
@@ -42,13 +43,12 @@ from moptrace.passes.recompute import recompute
 from moptrace.passes.stream_state import stream_state
 from moptrace.passes.take_stage import take_stage
 from moptrace.passes.update_early import update_early
+from moptrace.passes.update_on_host import update_on_host
 from moptrace.placement import Placement, Shard
 from moptrace.timeline import Timeline, measure, predict, write
-from moptrace.updates import Updates, makes_state
+from moptrace.updates import PENDING, Updates, makes_state
 
 __all__ = ["StepExplanation", "Stepper", "TrainStep", "several", "train_step"]
-
-ops = torch.ops.moptrace
 
 _OVERLAPPED = overlapped()
 
@@ -70,6 +70,7 @@ def train_step(
     activations: str | int | Pass = "keep",
     updates: str = "after",
     state: str | Pass = "device",
+    updates_on: str = "device",
     schedule: Pass | None = _OVERLAPPED,
     compile: bool = False,
 ) -> TrainStep:
@@ -94,8 +95,11 @@ def train_step(
     updates pending between steps: ``step.flush()`` finishes them, and whatever reads the model or
     the optimizer through their own methods calls it first. ``state="host"`` keeps the optimizer's
     state in the memory of the host and brings it to the device in buckets, two at a time; a pass
-    says otherwise, such as ``passes.stream_state.stream_state(bucket=2**28, slots=3)``. No choice
-    changes a bit of the result.
+    says otherwise, such as ``passes.stream_state.stream_state(bucket=2**28, slots=3)``. Then
+    ``updates_on="host"`` runs the updates there, too, by the optimizer's own operators on the CPU:
+    gradients go to the host, and new parameters come back. ``"cheaper"`` decides for each bucket
+    (``passes.update_on_host``). No choice changes a bit of the result, but for what one and the
+    same operator of torch makes on a GPU and on a CPU.
 
     ``schedule`` is a pass, or a chain of passes, over what results: by default collectives start
     early, and are waited for late, while others compute (``passes.default.overlapped``); with None
@@ -122,7 +126,8 @@ def train_step(
         )
     passes = [*([schedule] if schedule else []), *([compile_regions()] if compile else [])]
     scheduled = chain(*passes) if passes else None
-    return TrainStep(model, optimizer, max_norm, accumulate, scheduled, updates, state, policy)
+    place = _place(state, updates_on, schedule)
+    return TrainStep(model, optimizer, max_norm, accumulate, scheduled, updates, place, policy)
 
 
 def _policy(activations: str | int | Pass, schedule: Pass | None) -> Pass | None:
@@ -138,6 +143,22 @@ def _policy(activations: str | int | Pass, schedule: Pass | None) -> Pass | None
             "number of bytes, or a pass"
         )
     return known[activations]
+
+
+def _place(state: str | Pass, updates_on: str, schedule: Pass | None) -> str | Pass:
+    """The pass that ``train_step(state=, updates_on=)`` name together."""
+    cheaper = update_on_host(choose=True, then=schedule)
+    known = {"device": None, "host": update_on_host(), "cheaper": cheaper}
+    there = _chosen("updates_on", updates_on, known)
+    if there is None:
+        return state
+    stream = state if isinstance(state, Pass) else _chosen("state", state, _STATE)
+    if stream is None:
+        raise StepError(
+            f"updates_on={updates_on!r} runs updates where the optimizer's state is, and with "
+            f"state={state!r} that is the device; say state='host' as well"
+        )
+    return chain(there, stream)
 
 
 def _chosen(name: str, choice: Any, known: Mapping[str, Pass | None]) -> Pass | None:
@@ -329,10 +350,17 @@ class TrainStep:
             self._check_order(program)
             self._runs[program] = executable(program, self.model.device)
         module, arguments = self._runs[program], [*self._held(program), *inputs]
+        started: Any = module.started
         with torch.no_grad(), self.model.communicator:
-            results = run(module, arguments) if run else module(*arguments)
-            self.model.communicator.settle()
-            return results
+            try:
+                results = run(module, arguments) if run else module(*arguments)
+                self.model.communicator.settle()
+                return results
+            except Exception:
+                bring_back(started)
+                raise
+            finally:
+                started.clear()
 
     def _held(self, program: Program) -> list[Tensor]:
         """What a program takes beside the batch: parameters, buffers, the optimizer's state."""
@@ -643,53 +671,6 @@ def order_of_collectives(program: Program) -> list[str]:
         elif communicates(node):
             names.append(str(node.target))
     return names
-
-
-def executable(program: Program, device: torch.device | str) -> fx.GraphModule:
-    """The program as a module that writes new values over old ones as early as it may.
-
-    It takes the program's inputs in order and returns the outputs that replace none of them. What
-    reads a new value later on reads it where it was written, so that its own memory is free. A
-    fused update that nothing hinders works in place.
-    """
-    module = program.module(device)
-    nodes = dict(zip(program.nodes, module.graph.nodes, strict=True))
-    place = {node: at for at, node in enumerate(program.nodes)}
-    for after, pairs in write_backs(program).items():
-        for old, new in reversed(pairs):
-            for user in new.users:
-                if place[user] > place[after] and user.op != "output":
-                    nodes[user].replace_input_with(nodes[new], nodes[old])
-            write, value = torch.ops.aten.copy_.default, nodes[new]
-            if new.target is ops.offload.default:  # into the memory that is there already
-                write, value = ops.offload_into.default, nodes[new.all_input_nodes[0]]
-            with module.graph.inserting_after(nodes[after]):
-                module.graph.call_function(write, (nodes[old], value))
-    kept = [
-        nodes[node]
-        for output, node in zip(program.signature.outputs, program.outputs, strict=True)
-        if output.updates is None
-    ]
-    module.graph.output_node().args = (tuple(kept),)
-    for node, pairs in overwritable(program).items():
-        nodes[node].target = _in_place(node.target)
-        for old, new in pairs:
-            nodes[new].replace_all_uses_with(nodes[old])
-            module.graph.erase_node(nodes[new])
-            for user in list(nodes[old].users):
-                if user.target is torch.ops.aten.copy_.default and user.args == (
-                    nodes[old],
-                    nodes[old],
-                ):
-                    module.graph.erase_node(user)
-    erase_dead(module.graph)
-    module.recompile()
-    return module
-
-
-def _in_place(target: Any) -> Any:
-    """The operator that writes new values over the old ones, for one that returns them."""
-    return target.in_place if isinstance(target, UpdatingExperts) else ops.fused_adam_.default
 
 
 def _names(model: ParallelModule, optimizers: Sequence[torch.optim.Optimizer]) -> dict[Tensor, str]:

@@ -4,13 +4,15 @@
     step.trace("step.json", input_ids=ids, labels=labels)  # open it in https://ui.perfetto.dev
 
 A step has one *lane* on which operators run one after another, and beside it one for each axis, on
-which collectives travel one after another, and one for each way between the device and the host.
+which collectives travel one after another, one for each way between the device and the host, and
+one for the host, where it computes updates.
 Where an operator needs what has not come, the first lane waits: that time is *exposed*.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import time
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -27,15 +29,17 @@ from torch import fx
 from moptrace import roles
 from moptrace.collectives import COLLECTIVES, Collective, collective, start, wait
 from moptrace.core import Program
-from moptrace.costs import Machine, operator_costs
+from moptrace.costs import Machine, operator_costs, seconds_on_host
 from moptrace.explain import printed
+from moptrace.kernels.host_update import HostUpdate
 from moptrace.liveness import sizes_of_values
 
 __all__ = ["Span", "Timeline", "measure", "predict", "write"]
 
 ops = torch.ops.moptrace
 
-OPERATORS, WAITING = "operators", "waiting"  # lanes; the others are axes, and copies to the host
+OPERATORS, WAITING = "operators", "waiting"  # lanes; the others are axes, and those of the host
+ON_HOST = "on the host"
 HOST_COPIES = {ops.offload.default: "to the host", ops.prefetch.default: "to the device"}
 
 
@@ -159,7 +163,8 @@ def predict(program: Program, machine: Machine | None = None) -> Timeline:
     """What runs when on a machine of which the speeds are given.
 
     An operator takes as long as its products or its traffic with memory (``costs.py``), a
-    collective as long as what a rank sends, and a copy to or from the host as long as its bytes.
+    collective as long as what a rank sends, and a copy to or from the host as long as its bytes,
+    as does an update there of the host's own memory.
     What travels in a ring is hidden by the ring's work.
 
     Requires: a step.
@@ -177,7 +182,9 @@ def predict(program: Program, machine: Machine | None = None) -> Timeline:
         """Start what goes on a lane of its own, once what it takes has come."""
         come = max((arrival.get(x, 0.0) for x in node.all_input_nodes), default=0.0)
         begin = max(clock, busy[lane], come)
-        busy[lane] = arrival[node] = begin + seconds
+        arrival[node] = begin + seconds
+        # What the host's own thread sends, once it has made it, is not in the way of others before.
+        busy[lane] = max(clock, busy[lane]) + seconds if _made_on_host(node) else arrival[node]
         spans.append(_span(node, kind, lane, begin, begin + seconds))
         kinds[node] = kind
 
@@ -204,10 +211,21 @@ def predict(program: Program, machine: Machine | None = None) -> Timeline:
         elif node.target in HOST_COPIES:
             lane = HOST_COPIES[node.target]
             travels(node, f"copy {lane}", lane, sizes[node] / assumed.host)
+        elif isinstance(node.target, HostUpdate):
+            seconds = seconds_on_host(node.target, assumed)
+            travels(node, f"update {ON_HOST}", ON_HOST, seconds)
+            arrival.update((user, arrival[node]) for user in node.users)
         elif costs[node] > 0:
             begin, clock = clock, clock + costs[node]
             spans.append(_span(node, _component(node), OPERATORS, begin, clock))
     return Timeline(tuple(sorted(spans, key=lambda span: span.begin)))
+
+
+def _made_on_host(node: fx.Node) -> bool:
+    """Whether a copy to the device is of what the host has made."""
+    source = node.all_input_nodes[0]
+    made = source.all_input_nodes[0] if source.target is operator.getitem else source
+    return node.target is ops.prefetch.default and isinstance(made.target, HostUpdate)
 
 
 def _row(node: fx.Node) -> Collective | None:

@@ -9,17 +9,29 @@ its updates, and what crosses the cut is the operands.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from moptrace import roles
-from moptrace.core import Output, Program, State, ancestors
+from moptrace.core import Output, Program, State, ancestors, args_of, written
 from moptrace.placement import INVARIANT, Placement
 from moptrace.roles import Component
 
-__all__ = ["Operand", "Update", "Updates", "add_state", "makes_state"]
+__all__ = [
+    "PENDING",
+    "Operand",
+    "Update",
+    "Updates",
+    "add_state",
+    "in_parts",
+    "makes_state",
+    "written",
+]
+
+PENDING = "pending."  # what the paths of values begin with that wait for the next step
 
 _AFTER_BACKWARD = (Component.CLIPPING, Component.OPTIMIZER)
 
@@ -48,7 +60,11 @@ class Operand:
 
 
 class Updates:
-    """The updates of a finished step, in their order, and their operands."""
+    """The updates of a finished step, in their order, and their operands.
+
+    Where a step begins with updates that the last one left, they are these, and what it leaves
+    itself is among the ``others``.
+    """
 
     def __init__(self, program: Program):
         self.program = program
@@ -57,6 +73,7 @@ class Updates:
         fqns = {p.name: p.fqn for p in program.signature.parameters}
         for output, node in zip(program.signature.outputs, program.outputs, strict=True):
             fqn = output.state_of or fqns.get(output.updates or "")
+            fqn = None if output.path.startswith(PENDING) else fqn
             (self.outputs[fqn] if fqn else self.others).append((output, node))
         self.nodes = self._nodes()
         self.updates = tuple(self._by_parameter())
@@ -64,11 +81,13 @@ class Updates:
 
     def _nodes(self) -> set[fx.Node]:
         others = {node for _, node in self.others}
+        new = {node for pairs in self.outputs.values() for _, node in pairs}  # read by forward, too
         found: set[fx.Node] = set()
         end = self.program.graph.output_node()
         for node in reversed(self.program.nodes):
             if roles.component(node) in _AFTER_BACKWARD and node.op == "call_function":
-                if node not in others and all(u in found or u is end for u in node.users):
+                alone = node in new or all(u in found or u is end for u in node.users)
+                if alone and node not in others:
                     found.add(node)
         return found
 
@@ -83,7 +102,8 @@ class Updates:
     def _operands(self) -> dict[fx.Node, Operand]:
         signature = self.program.signature
         stay = {p.name for p in signature.parameters}
-        stay |= {s.name for s in signature.states if s.parameter is not None}
+        own = (s for s in signature.states if s.parameter is not None)
+        stay |= {s.name for s in own if not s.path.startswith(PENDING)}
         rates = {s.name: s.path for s in signature.states}
         found: dict[fx.Node, Operand] = {}
         for update in self.updates:
@@ -99,6 +119,19 @@ class Updates:
                 found[operand] = Operand(f"{update.fqn}.operand_{number}", update.fqn)
                 number += 1
         return found
+
+
+def in_parts(pairs: Sequence[tuple[Output, fx.Node]]) -> list[list[tuple[Output, fx.Node]]]:
+    """The new values of an update that have dimensions: of each part, where they are divided."""
+    large = [pair for pair in pairs if roles.tensor(pair[1]).dim()]
+    writes = [written(node) for _, node in large]
+    if not all(writes):
+        return [large]
+    outputs = [output for output, _ in large]
+    return [
+        list(zip(outputs, (args_of(node)[1] for node in part), strict=True))
+        for part in zip(*writes, strict=True)
+    ]
 
 
 def makes_state(program: Program) -> bool:

@@ -13,11 +13,9 @@ from moptrace import roles
 from moptrace.core import Level, Output, Pass, Program, State, copy_node
 from moptrace.placement import Placement
 from moptrace.roles import Component
-from moptrace.updates import Updates, add_state
+from moptrace.updates import PENDING, Updates, add_state
 
-__all__ = ["PENDING", "defer_updates", "leave_updates", "pending_updates"]
-
-PENDING = "pending."  # what the paths of values begin with that wait for the next step
+__all__ = ["defer_updates", "leave_updates", "pending_updates"]
 
 aten = torch.ops.aten
 

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from _report import record_examples
 from moptrace import trace
 from moptrace.core import chain
+from moptrace.costs import Machine
 from moptrace.passes.checkpoint import checkpoint
 from moptrace.passes.default import canonical, overlapped, sharded
 from moptrace.passes.offload import offload
 from moptrace.passes.recompute import regather
 from moptrace.passes.stream_state import stream_state
+from moptrace.passes.update_on_host import update_on_host
 from moptrace.testing import SimulatedSteps, batches, model_specs, plans, whole_state
 from sweeps import WITHOUT_SHRINKING
 from test_train_step import OPTIMIZERS, Eager, all_of, assert_same_steps
@@ -35,6 +37,12 @@ SCHEDULES = (  # what is kept of activations, and how the step is scheduled then
 EVERY_OPTIMIZER = OPTIMIZERS | {"Adafactor": ADAFACTOR, "Orthogonal": Orthogonal}
 
 STREAMED = stream_state(bucket=500, gradients=True)
+PLACES = (  # where the optimizer's state is, and its updates run
+    "device",
+    STREAMED,
+    chain(update_on_host(bucket=500), STREAMED),
+    chain(update_on_host(True, 500, machine=Machine(host=1e6, host_memory=2e6)), STREAMED),
+)
 STEPS_PER_MODEL = 6  # a model is traced once and trained in several ways
 
 
@@ -56,7 +64,7 @@ def test_any_step_is_that_of_one_device(data: st.DataObject) -> None:
         kept, schedule = data.draw(st.sampled_from(SCHEDULES), label=f"schedule {number}")
         when = ["after", "forward"] + (["backward"] if max_norm in (None, math.inf) else [])
         updates = data.draw(st.sampled_from(when), label=f"updates {number}")
-        place = data.draw(st.sampled_from(["device", STREAMED]), label=f"state {number}")
+        place = data.draw(st.sampled_from(PLACES), label=f"state {number}")
         make, local = all_of(EVERY_OPTIMIZER[name]), sharded(plan, ranks * stages)(program)
         simulated = SimulatedSteps(
             local,

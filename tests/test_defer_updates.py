@@ -18,11 +18,11 @@ from moptrace import Plan, Program, errors, parallelize, roles, train_step
 from moptrace.core import Pass, chain
 from moptrace.liveness import peak_memory, sizes_of_values
 from moptrace.passes.default import overlapped
-from moptrace.passes.defer_updates import PENDING
 from moptrace.passes.recompute import regather
 from moptrace.passes.stream_state import stream_state
 from moptrace.roles import Component
 from moptrace.testing import SimulatedSteps, assert_same_weights, whole_state
+from moptrace.updates import PENDING
 from subjects import assert_same_bits
 from sweeps import sweep
 from test_train_step import (
@@ -194,10 +194,11 @@ def test_a_training_loop_writes_rates_and_buffers(ranks: Pools) -> None:
     ranks(2)(on_rank_of_a_training_loop)
 
 
-def on_rank_of_refused_batches() -> None:
+def on_rank_of_refused_batches(where: str) -> None:
     """A batch that fails in the midst of the updates is left out, and nothing else."""
     model = parallel_of(SMALL, 2)
-    step = train_step(model, ADAMW(model.parameters()), updates="forward", state="host")
+    optimizer = ADAMW(model.parameters())
+    step = train_step(model, optimizer, updates="forward", state="host", updates_on=where)
     eager = Eager(SMALL.build(), all_of(ADAMW))
     for number in range(6):
         bad = batch_of(50 + number)
@@ -210,8 +211,9 @@ def on_rank_of_refused_batches() -> None:
     assert_same_weights(model.full_state_dict(), whole_state(eager.model))
 
 
-def test_a_refused_batch_loses_nothing(ranks: Pools) -> None:
-    ranks(2)(on_rank_of_refused_batches)
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_a_refused_batch_loses_nothing(where: str, ranks: Pools) -> None:
+    ranks(2)(on_rank_of_refused_batches, where)
 
 
 def on_rank_checkpoint(folder: str) -> None:

@@ -17,7 +17,7 @@ from moptrace.kernels.updating_experts import InPlace, UpdatingExperts
 from moptrace.liveness import overwritable
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.fuse_updates import fuse_updates
-from moptrace.step import executable
+from moptrace.executable import executable
 from moptrace.testing import ModelSpec, SimulatedSteps, whole_state
 from subjects import assert_same_bits
 from sweeps import sweep

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import moptrace.kernels.fused_adam  # noqa: F401  registers the operator
 from moptrace import train_step
+from moptrace.executable import executable
 from moptrace.passes.stream_state import stream_state
-from moptrace.step import executable
 from moptrace.testing import assert_same_weights, whole_state
 from test_defer_updates import program_of
 from test_train_step import ADAMW, SMALL, Eager, Pools, all_of, assert_close, batch_of, parallel_of

@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from moptrace import Plan, Program, roles, trace
 from moptrace.collectives import Communicator
+from moptrace.executable import executable
 from moptrace.liveness import peak_memory, write_backs
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.differentiate import differentiate
 from moptrace.rings import workspace
-from moptrace.step import executable
 from moptrace.testing import ModelSpec, SimulatedSteps, whole_state
 
 SPEC = ModelSpec(layers=("moe", "dense"), width=8, hidden=24, experts=4, attention="fused")
