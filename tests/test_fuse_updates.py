@@ -11,13 +11,13 @@ from torch import Tensor, fx
 
 from moptrace import Plan, Program, roles, trace
 from moptrace.core import Output
+from moptrace.executable import executable
 from moptrace.kernels import selection
 from moptrace.kernels.expert_function import ExpertOperator
 from moptrace.kernels.updating_experts import InPlace, UpdatingExperts
 from moptrace.liveness import overwritable
 from moptrace.passes.default import canonical, sharded
 from moptrace.passes.fuse_updates import fuse_updates
-from moptrace.executable import executable
 from moptrace.testing import ModelSpec, SimulatedSteps, whole_state
 from subjects import assert_same_bits
 from sweeps import sweep
