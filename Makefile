@@ -11,8 +11,8 @@ OLDEST_TRITON := 3.6.0
 OLDEST := .venv-oldest
 
 # Two workers keep two cores busy; each computes on one thread (tests/conftest.py). A file stays on
-# one worker, so that its tests share what they trace and the ranks that they start. Files go in
-# order of their names: those with fewest tests, which go last otherwise, are not the shortest.
+# one worker, so that its tests share what they trace and the ranks that they start. Files go in the
+# order that tests/conftest.py says: those with fewest tests are not the shortest.
 WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

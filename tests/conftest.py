@@ -58,6 +58,17 @@ settings.register_profile("default", max_examples=150, **COMMON)
 settings.register_profile("all", max_examples=3_000, **COMMON)
 settings.load_profile("default")
 
+LONGEST = (
+    "test_any_step",
+    "test_context_parallel",
+    "test_equivalence",
+    "test_examples",
+    "test_parallel",
+    "test_pipeline",
+    "test_train_step",
+    "test_whole_matrices",
+)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,6 +79,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--hypothesis-seed") is None:
         explore = config.getoption("--hypothesis-profile") == "all"
         config.option.hypothesis_seed = str(secrets.randbelow(2**32) if explore else 0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files go first: one that goes last leaves the other workers idle meanwhile."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
