@@ -161,7 +161,10 @@ class _ToHost:
         tasks = sorted(order, key=order.__getitem__)
         self.buckets = chosen(_in_buckets(tasks, bucket))
         self.graph, self.copies = program.copy_graph()
-        self.first = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        moving = {node for tasks in self.buckets for task in tasks for node in task.counts}
+        stays = (node for node in program.nodes if node not in moving)
+        first = next(node for node in stays if node.op not in ("placeholder", "get_attr"))
+        self.first = self.copies[first]  # what inputs alone make is put before it
         self.sent: dict[fx.Node, fx.Node] = {}
         self.behind: dict[fx.Node, fx.Node] = {}  # the last node that was put behind another
         self.functions: dict[object, HostUpdate] = {}

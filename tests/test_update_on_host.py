@@ -45,10 +45,11 @@ def updates_of(program: Program) -> list[fx.Node]:
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("AdamW, fused", {"updates": "forward", "max_norm": 0.5, "state": on_host(gradients=True)}),
+    ("AdamW, fused", {"updates": "forward", "max_norm": None, "state": on_host(gradients=True)}),
     ("AdamW", {"updates": "after", "max_norm": 0.5, "accumulate": 2, "state": on_host()}),
     ("AdamW", {"updates": "backward", "max_norm": None, "state": on_host()}),
     ("AdamW", {"updates": "forward", "max_norm": 0.5, "state": on_host()}),
+    ("AdamW, fused", {"updates": "forward", "max_norm": 0.5, "state": on_host()}),
     ("Adam, amsgrad", {"updates": "after", "max_norm": None, "state": on_host(slots=1)}),
 ]
 
