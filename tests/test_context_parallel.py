@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -34,6 +34,7 @@ from moptrace.testing import (
 from sweeps import sweep
 
 LENGTH, SIZE = 8, 4
+EXAMPLES = settings.default.max_examples // 3 if settings.default else 50
 PLANS = (
     (2, Plan(ep=1, cp=2, context="ulysses", logits_bytes=0)),
     (4, Plan(ep=4, cp=2, context="ring", logits_bytes=0)),
@@ -345,6 +346,7 @@ def test_a_recurrence_gathers_its_tokens_and_a_note_says_the_bytes() -> None:
     assert_same_step(simulated_step(local, whole_state(model), fed), want)
 
 
+@settings(max_examples=EXAMPLES)
 @given(
     heads=st.sampled_from(((4, 4), (4, 2), (3, 1), (6, 3))),
     kind=st.sampled_from((Attends, Windowed, Packed, Masked, Repeats)),
