@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+import moptrace.kernels.fused_adam  # noqa: F401  registers the operator
 from moptrace import roles
 from moptrace.core import Output, Program, State, ancestors, args_of, written
 from moptrace.placement import INVARIANT, Placement
@@ -27,9 +28,12 @@ __all__ = [
     "Updates",
     "add_state",
     "in_parts",
+    "is_elementwise",
     "makes_state",
     "written",
 ]
+
+aten = torch.ops.aten
 
 PENDING = "pending."  # what the paths of values begin with that wait for the next step
 
@@ -132,6 +136,25 @@ def in_parts(pairs: Sequence[tuple[Output, fx.Node]]) -> list[list[tuple[Output,
         list(zip(outputs, (args_of(node)[1] for node in part), strict=True))
         for part in zip(*writes, strict=True)
     ]
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether an operator gives each element from those at its place, or from none."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet in _ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+# Beside pointwise operators.
+_ELEMENTWISE = (
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.empty_like,
+    aten.clone,
+    aten._to_copy,
+    aten.copy,
+    torch.ops.moptrace.fused_adam,
+)
 
 
 def makes_state(program: Program) -> bool:

@@ -40,6 +40,7 @@ from moptrace.liveness import is_view
 from moptrace.placement import INVARIANT, Axis, Placement, Shard
 from moptrace.roles import Component
 from moptrace.rules import SIZE_ARGUMENT, operands, rule_for
+from moptrace.updates import is_elementwise
 
 __all__ = ["Cut", "Matrix", "Owners", "apply", "matrix_function"]
 
@@ -236,7 +237,7 @@ class Cut:
         value = roles.value(node)
         results = value if isinstance(value, (tuple, list)) else [value]
         alike &= all(isinstance(x, Tensor) and x.dim() == rank for x in (*own, *results))
-        return alike and _is_elementwise(node)
+        return alike and is_elementwise(node)
 
     def _closed(self, needed: set[fx.Node]) -> set[fx.Node]:
         """With what lies between, and views for it alone, which need not be sent beside others."""
@@ -559,16 +560,10 @@ def _left(cut: Cut) -> list[fx.Node]:
 # --- nodes ----------------------------------------------------------------------------------------
 
 _CREATING = frozenset(SIZE_ARGUMENT) - {aten.view, aten.reshape, aten._unsafe_view, aten.expand}
-_LIKE = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.clone)
-_ELEMENTWISE = (*_LIKE, aten._to_copy, aten.copy, torch.ops.moptrace.fused_adam)
 
 
 def _packet(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", None)
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    return _packet(node) in _ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _is_tensor(node: fx.Node) -> bool:

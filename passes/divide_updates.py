@@ -16,11 +16,11 @@ from moptrace.core import Level, Pass, Program, ancestors, erase_dead, written
 from moptrace.errors import PassError
 from moptrace.kernels.blocks import block
 from moptrace.roles import Component
-from moptrace.updates import PENDING, Update, Updates
+from moptrace.updates import PENDING, Update, Updates, is_elementwise
 
 __all__ = ["divide_updates"]
 
-aten, ops = torch.ops.aten, torch.ops.moptrace
+ops = torch.ops.moptrace
 
 
 def divide_updates(bucket: int, gradients: bool = False) -> Pass:
@@ -123,12 +123,9 @@ class _Division:
             return not any(map(_is_large, node.all_input_nodes))
         if node.target is operator.getitem:
             return True
-        target = node.target
-        pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
         values = pytree.tree_leaves([roles.value(x) for x in (node, *node.all_input_nodes)])
         shapes = {tuple(x.shape) for x in values if isinstance(x, torch.Tensor) and x.dim()}
-        known = node.op == "placeholder" or pointwise or target in _ALIKE
-        return known and shapes == {shape}
+        return (node.op == "placeholder" or is_elementwise(node)) and shapes == {shape}
 
     def _divide(self, update: Update, parts: Sequence[Part]) -> None:
         outputs = [(o, x) for o, x in self.updates.outputs[update.fqn] if _is_large(x)]
@@ -181,13 +178,3 @@ def _is_large(node: fx.Node) -> bool:
     """Whether a node makes a tensor with dimensions, or several."""
     values = pytree.tree_leaves(roles.value(node))
     return any(isinstance(x, torch.Tensor) and x.dim() for x in values)
-
-
-# Beside pointwise operators, and those of which only the result's shape and dtype matter.
-_ALIKE = {
-    aten._to_copy.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    ops.fused_adam.default,
-}

@@ -16,10 +16,9 @@ from moptrace.kernels.expert_function import ExpertOperator, is_sum, results_of
 from moptrace.kernels.updating_experts import Update, UpdatingExperts
 from moptrace.liveness import storages
 from moptrace.roles import Component
+from moptrace.updates import is_elementwise
 
 __all__ = ["fuse_updates"]
-
-ops = torch.ops.moptrace
 
 
 def fuse_updates() -> Pass:
@@ -116,7 +115,7 @@ class _Found:
             node = left.pop()
             if node in found:
                 continue
-            if node is self.end or not _is_elementwise(node, shape):
+            if node is self.end or not _treats_alike(node, shape):
                 return None
             found.add(node)
             left += [user for user in node.users if user is not self.end]
@@ -182,10 +181,9 @@ def _is_number(node: fx.Node) -> bool:
     return not isinstance(value, torch.Tensor) or value.dim() == 0
 
 
-def _is_elementwise(node: fx.Node, shape: torch.Size) -> bool:
+def _treats_alike(node: fx.Node, shape: torch.Size) -> bool:
     """Whether it is an optimizer's arithmetic on each element of tensors of this shape."""
-    tags = getattr(node.target, "tags", ())
-    alone = torch.Tag.pointwise in tags or node.target in (ops.fused_adam.default, operator.getitem)
+    alone = is_elementwise(node) or node.target is operator.getitem
     return alone and roles.component(node) is Component.OPTIMIZER and _is_of(node, shape)
 
 

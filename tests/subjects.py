@@ -8,16 +8,38 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import models
 from double import InFloat64
 from moptrace import Plan, Program, parallel, parallelize, trace
+from moptrace.liveness import lifetimes, sizes_of_values
 from moptrace.parallel import ParallelModule
 from moptrace.passes.default import canonical
 from moptrace.testing import SimulatedSteps
 
-__all__ = ["assert_same_bits", "batch", "step_on_a_rank", "subject", "traced_once"]
+__all__ = [
+    "assert_same_bits",
+    "batch",
+    "most_prefetched",
+    "step_on_a_rank",
+    "subject",
+    "traced_once",
+]
+
+
+def most_prefetched(program: Program) -> int:
+    """The most bytes that have come from the host, or are on their way, at once."""
+    spans, sizes = lifetimes(program), sizes_of_values(program)
+    alive: dict[fx.Node, int] = {}
+    most = 0
+    for node in program.nodes:
+        if node.target is torch.ops.moptrace.prefetch.default:
+            alive[node] = sizes[node]
+        most = max(most, sum(alive.values()))
+        for gone in [x for x in alive if spans[x] is node]:
+            del alive[gone]
+    return most
 
 
 def batch(seed: int, size: int = 12, length: int = 12) -> dict[str, Tensor]:

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from moptrace import Program, train_step
 from moptrace.core import Pass, chain, written
 from moptrace.errors import PassError
 from moptrace.executable import executable
 from moptrace.kernels.host_memory import finish_copies
-from moptrace.liveness import blocks_in_place, lifetimes, peak_memory, sizes_of_values
+from moptrace.liveness import blocks_in_place, peak_memory
 from moptrace.passes.divide_updates import divide_updates
 from moptrace.passes.stream_state import stream_state
 from moptrace.passes.update_on_host import update_on_host
 from moptrace.testing import assert_same_weights, whole_state
-from subjects import assert_same_bits
+from subjects import assert_same_bits, most_prefetched
 from sweeps import sweep
 from test_defer_updates import program_of, steps
 from test_train_step import ADAMW, SMALL, Eager, Pools, all_of, assert_close, batch_of, parallel_of
@@ -55,15 +55,7 @@ def program_history(simulated: Any) -> list[Program]:
 @pytest.mark.parametrize("gradients", [False, True], ids=["state", "with gradients"])
 def test_no_more_than_the_slots_are_on_the_device(gradients: bool) -> None:
     program = program_of("forward", state=stream_state(BUCKET, gradients=gradients))
-    spans, sizes = lifetimes(program), sizes_of_values(program)
-    alive: dict[fx.Node, int] = {}
-    most = 0
-    for node in program.nodes:
-        if node.target is ops.prefetch.default:
-            alive[node] = sizes[node]
-        most = max(most, sum(alive.values()))
-        for gone in [x for x in alive if spans[x] is node]:
-            del alive[gone]
+    most = most_prefetched(program)
     assert BUCKET < most <= 2 * BUCKET
     assert not any("is not divided" in note for note in program.notes)
 

@@ -9,9 +9,9 @@ import torch
 
 from moptrace import Program, roles, train_step
 from moptrace.errors import PassError
-from moptrace.liveness import lifetimes, peak_memory, sizes_of_values
+from moptrace.liveness import peak_memory, sizes_of_values
 from moptrace.passes.stream_state import stream_state
-from subjects import assert_same_bits
+from subjects import assert_same_bits, most_prefetched
 from sweeps import sweep
 from test_defer_updates import program_of, steps
 from test_train_step import ADAMW, SMALL, Pools, batch_of, parallel_of
@@ -30,15 +30,7 @@ ORDERS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("order", ORDERS, ids=lambda x: x["updates"])
 def test_no_more_than_the_slots_are_on_the_device(order: dict[str, Any], slots: int) -> None:
     program = program_of(**order, state=stream_state(BUCKET, slots))
-    spans, sizes = lifetimes(program), sizes_of_values(program)
-    alive: dict[Any, int] = {}
-    most = 0
-    for node in program.nodes:
-        if node.target is ops.prefetch.default:
-            alive[node] = sizes[node]
-        most = max(most, sum(alive.values()))
-        for gone in [x for x in alive if spans[x] is node]:
-            del alive[gone]
+    most = most_prefetched(program)
     assert (slots - 1) * BUCKET / 2 < most <= slots * BUCKET
 
 

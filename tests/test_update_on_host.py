@@ -17,12 +17,12 @@ from moptrace.costs import Machine
 from moptrace.errors import PassError
 from moptrace.kernels.host_memory import finish_copies, prefetch, run_on_host, wait_prefetch
 from moptrace.kernels.host_update import HostUpdate
-from moptrace.liveness import lifetimes, peak_memory, sizes_of_values
+from moptrace.liveness import peak_memory, sizes_of_values
 from moptrace.passes.stream_state import stream_state
 from moptrace.passes.update_on_host import update_on_host
 from moptrace.testing import assert_same_weights, whole_state
 from moptrace.timeline import predict
-from subjects import assert_same_bits
+from subjects import assert_same_bits, most_prefetched
 from sweeps import sweep
 from test_defer_updates import program_of, steps
 from test_train_step import ADAMW, SMALL, Eager, Pools, all_of, assert_close, batch_of, parallel_of
@@ -162,15 +162,7 @@ def test_updates_run_where_the_state_is(ranks: Pools) -> None:
 
 def test_gradients_leave_in_backward_and_parameters_come_back_two_buckets_at_a_time() -> None:
     plain, program = program_of("after"), program_of("after", state=on_host())
-    spans, sizes = lifetimes(program), sizes_of_values(program)
-    alive: dict[fx.Node, int] = {}
-    most = 0
-    for node in program.nodes:
-        if node.target is ops.prefetch.default:
-            alive[node] = sizes[node]
-        most = max(most, sum(alive.values()))
-        for gone in [x for x in alive if spans[x] is node]:
-            del alive[gone]
+    sizes, most = sizes_of_values(program), most_prefetched(program)
     assert BUCKET / 4 < most <= 2 * BUCKET / 2  # a parameter has half the bytes of its state
     place = {node: at for at, node in enumerate(program.nodes)}
     first = place[updates_of(program)[0]]
